@@ -1,0 +1,77 @@
+"""Files that are there whole or not at all."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from compression.core.errors import Problem
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a file beside `path`, then renames it: `path` is never seen half-written.
+
+    Raises:
+        Problem: the disk is full; nothing is left behind.
+    """
+    draft = path.with_name(path.name + ".part")
+    try:
+        write(draft)
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        draft.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(sign in str(error) for sign in ("No space left", "File too large")):
+            raise Problem(
+                str(path), "the disk is full", "free some space and run again: finished blocks are kept"
+            ) from None
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text whole or not at all."""
+
+    def write(draft: Path) -> None:
+        draft.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda draft: save_file(ready, draft, metadata={"format": "pt"} | (metadata or {})))
+
+
+def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """Reads a safetensors file once, and checks its hash on those very bytes.
+
+    Raises:
+        Problem: the file is missing, is not safetensors, or is not the file that the manifest names. DVC
+            does not notice an object that was corrupted in its cache; this does.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise Problem(str(path), "the file is missing", "run the stage that makes it again") from None
+    if expected_sha256 and hashlib.sha256(content).hexdigest() != expected_sha256:
+        raise Problem(
+            str(path),
+            "the file is not the one its manifest names (corrupt or changed)",
+            "delete its folder and the damaged object in .dvc/cache, then run the stage again",
+        )
+    try:
+        return dict(load(content))
+    except SafetensorError as error:
+        raise Problem(str(path), f"not a safetensors file: {error}") from None

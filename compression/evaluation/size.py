@@ -1,0 +1,61 @@
+"""What a checkpoint weighs, and what its mask says: counted on the files that ship."""
+
+from typing import Any
+
+from compression.core import masks
+from compression.core.checkpoint import MASKS, OUTER, Checkpoint, block_file
+from compression.core.errors import Problem
+from compression.quantization.packed import block_reader
+
+
+def measure_size(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Counts weights and bytes, block by block.
+
+    Returns:
+        parameters: all of the model, embeddings and norms too.
+        prunable_parameters: those of the linears in the blocks.
+        sparsity: share of the prunable weights that the mask drops.
+        zeros: share of the prunable weights that are zero, by mask or by rounding.
+        layer_sparsity: by layer, where there is a mask.
+        revived_weights: dropped weights that are not zero.
+        bytes: of the weight files. mask_bytes: of the mask file, which no runtime needs.
+        bits_per_weight: 8 * bytes / parameters.
+
+    Raises:
+        Problem: a pruned weight came back to life.
+    """
+    read, packed = block_reader(checkpoint), checkpoint.masks()
+    parameters = sum(tensor.numel() for tensor in checkpoint.outer().values())
+    prunable = dropped = zeros = revived = 0
+    layer_sparsity: dict[str, float] = {}
+    for index in range(checkpoint.depth):
+        tensors, keep = read(index), checkpoint.block_masks(index, packed)
+        parameters += sum(tensor.numel() for tensor in tensors.values())
+        for layer in [name for name in checkpoint.layers if f"{name}.weight" in tensors]:
+            weight = tensors[f"{layer}.weight"]
+            prunable += weight.numel()
+            zeros += int((weight == 0).sum())
+            if layer in keep:
+                gone = weight.numel() - int(keep[layer].sum())
+                dropped += gone
+                layer_sparsity[layer] = gone / weight.numel()
+                revived += masks.revived(weight, keep[layer])
+    if revived:
+        raise Problem(str(checkpoint.folder), f"{revived} pruned weights are not zero any more: the mask was broken")
+    size = sum((checkpoint.folder / name).stat().st_size for name in _weight_files(checkpoint))
+    mask_file = checkpoint.folder / MASKS
+    return {
+        "parameters": parameters,
+        "prunable_parameters": prunable,
+        "sparsity": dropped / prunable,
+        "zeros": zeros / prunable,
+        "revived_weights": revived,
+        "bytes": size,
+        "mask_bytes": mask_file.stat().st_size if mask_file.exists() else 0,
+        "bits_per_weight": 8 * size / parameters,
+        "layer_sparsity": layer_sparsity,
+    }
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[str]:
+    return [OUTER, *(block_file(index) for index in range(checkpoint.depth))]

@@ -1,0 +1,71 @@
+"""Which sets of weights may stay: patterns, as they are written in params.yaml."""
+
+import re
+from dataclasses import dataclass
+
+from compression.core.errors import Problem
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go. `per_row`: the same share in every output row; else one ranking for the layer."""
+
+    sparsity: float
+    per_row: bool = True
+
+
+@dataclass(frozen=True)
+class NofM:
+    """At most `keep` of every `of` consecutive inputs of a row stay."""
+
+    keep: int
+    of: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.keep / self.of
+
+
+Pattern = Unstructured | NofM
+
+
+def parse_pattern(text: str) -> tuple[int, int] | None:
+    """`unstructured` -> None; `2:4` -> (2, 4).
+
+    Raises:
+        ValueError: neither of the two, or N not in 1..M-1.
+    """
+    if text == "unstructured":
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError("valid: unstructured, or N:M with 0 < N < M, such as 2:4, 4:8 or 1:4")
+    return int(found[1]), int(found[2])
+
+
+def make_pattern(text: str, sparsity: float, per_row: bool) -> Pattern:
+    """The pattern that params.yaml describes.
+
+    Raises:
+        Problem: N:M contradicts the sparsity.
+    """
+    parsed = parse_pattern(text)
+    if parsed is None:
+        return Unstructured(sparsity, per_row)
+    pattern = NofM(*parsed)
+    if abs(pattern.sparsity - sparsity) > 1e-9:
+        raise Problem(
+            "params.yaml: prune.sparsity",
+            f"{sparsity} contradicts the pattern {text}",
+            f"{text} means a sparsity of {pattern.sparsity:g}",
+        )
+    return pattern
+
+
+def check_width(pattern: Pattern, layer: str, width: int) -> None:
+    """Raises Problem when `of` does not divide the layer's number of inputs."""
+    if isinstance(pattern, NofM) and width % pattern.of:
+        raise Problem(
+            layer,
+            f"{width} inputs cannot be divided into groups of {pattern.of} ({pattern.keep}:{pattern.of})",
+        )

@@ -1,0 +1,54 @@
+"""From scores to masks: exact counts, ties broken in favour of dropping the earlier input."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression.pruning.pattern import NofM, Pattern
+
+
+def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
+    """The mask that drops the lowest scores.
+
+    Args:
+        score: float32 [out, in], finite.
+        pattern: what has to hold. Unstructured drops exactly round(sparsity * out * in) weights in all; with
+            `per_row` the counts of any two rows differ by at most one.
+
+    Returns:
+        bool [out, in], True where the weight stays.
+    """
+    rows, width = score.shape
+    if isinstance(pattern, NofM):
+        groups = score.reshape(-1, pattern.of)
+        drops = torch.full((len(groups),), pattern.of - pattern.keep)
+        return ~_lowest(groups, drops).reshape(rows, width)
+    total = round(pattern.sparsity * rows * width)
+    if not pattern.per_row:
+        return ~_lowest(score.reshape(1, -1), torch.tensor([total])).reshape(rows, width)
+    # Row r drops what the first r + 1 rows owe together less what the first r have paid: exact in sum.
+    owed = torch.arange(rows + 1) * total // rows
+    return ~_lowest(score, owed.diff())
+
+
+def _lowest(score: Tensor, counts: Tensor) -> Tensor:
+    """bool like `score` [n, m]: the `counts[i]` lowest of row i, the earlier column first among equals."""
+    counts = counts.to(score.device)
+    threshold = _threshold(score, counts)
+    below = score < threshold
+    level = score == threshold
+    missing = counts[:, None] - below.sum(1, keepdim=True)
+    return below | (level & (level.cumsum(1, dtype=torch.int32) <= missing))
+
+
+def _threshold(score: Tensor, counts: Tensor) -> Tensor:
+    """The counts[i]-th lowest value of each row, [n, 1]; -inf where the count is 0."""
+    ranks = (counts - 1).clamp(min=0)
+    if score.device.type == "cpu":
+        # A partial sort: about a seventh of the time of torch.kthvalue on rows of 576.
+        needed = sorted(set(ranks.tolist()))
+        ordered = torch.from_numpy(np.partition(score.numpy(), needed, axis=1))
+    else:
+        ordered = score.sort(dim=1).values
+    found = ordered.gather(1, ranks[:, None])
+    return torch.where(counts[:, None] > 0, found, torch.full_like(found, -torch.inf))

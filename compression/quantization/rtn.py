@@ -1,0 +1,24 @@
+"""Round to nearest: the grid spans each group's largest weight, every weight goes to its nearest point."""
+
+import torch
+from torch import Tensor
+
+from compression.quantization.grid import Grid
+
+
+def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Grid]:
+    """Rounds W to nearest on a symmetric grid.
+
+    Args:
+        weight: W [out, in]; in is a multiple of group_size.
+        bits: b.
+        group_size: inputs that share a scale.
+
+    Returns:
+        codes int8 [out, in], and the grid, its scale max|W| / (2^(b-1) - 1/2) in the type of W. A group of
+        nothing but zeros gets scale 1.
+    """
+    largest = weight.float().reshape(len(weight), -1, group_size).abs().amax(-1)
+    scale = (largest / (2 ** (bits - 1) - 0.5)).to(weight.dtype)
+    grid = Grid(bits, torch.where(scale > 0, scale, torch.ones_like(scale)))
+    return grid.codes(weight), grid

@@ -1,0 +1,22 @@
+"""PERP's cheapest arms: biases and norms only (arXiv 2312.15230, section on parameter-efficient retraining)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from compression.retraining.parameters import Merge, free
+
+
+def attach(
+    model: nn.Module, keep: dict[str, Tensor], options: Mapping[str, Any]
+) -> tuple[dict[str, nn.Parameter], Merge]:
+    """Frees the parameters that `options` names.
+
+    Args:
+        options: biases, norms: bool.
+
+    Returns:
+        the freed parameters, and a merge with nothing to do.
+    """
+    return free(model, biases=options["biases"], norms=options["norms"]), dict

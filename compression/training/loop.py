@@ -1,0 +1,127 @@
+"""The training loop that retraining and unlearning share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from compression.core.errors import Problem
+from compression.core.journal import Journal
+
+SAVE_EVERY = 10  # steps
+
+Curves = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW without decay; linear warm-up over `warmup` of the steps, then linear decay to zero."""
+
+    steps: int
+    learning_rate: float
+    warmup: float
+    clip: float
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+
+
+def train(
+    parameters: dict[str, nn.Parameter],
+    loss: Callable[[int], tuple[Tensor, dict[str, float]]],
+    recipe: Recipe,
+    journal: Journal,
+    what: str,
+    tokens: int,
+    stop: Callable[[dict[str, float]], str | None] = lambda _: None,
+) -> tuple[Curves, str]:
+    """Trains `parameters` in place; a killed run goes on at its last saved step and ends with the same bytes.
+
+    Args:
+        parameters: by name. Those in less than float32 are trained through a float32 copy: a step of 1e-4 is
+            lost in bfloat16.
+        loss: of a step, with figures worth keeping; draws its data from the step's number alone.
+        tokens: a step, for the bar.
+        stop: is given the figures after each step; returns a reason to stop, or None.
+
+    Returns:
+        the figures of all steps, by name, and why training ended.
+
+    Raises:
+        Problem: the loss is not finite.
+    """
+    masters = {name: nn.Parameter(own.detach().float().clone()) for name, own in parameters.items()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=0.0, weight_decay=0.0)
+    first, state = journal.load()
+    curves: Curves = {name[6:]: state[name].tolist() for name in state if name.startswith("curve.")}
+    if first:
+        _restore(optimizer, masters, state, first)
+        _copy_back(masters, parameters)
+    bar = tqdm(
+        range(first, recipe.steps),
+        desc=what,
+        unit="step",
+        total=recipe.steps,
+        initial=first,
+        disable=None,
+        leave=False,
+    )
+    for step in bar:
+        value, figures = loss(step)
+        if not value.isfinite():
+            raise Problem(what, f"the loss is {value.item()} at step {step}", "lower the learning rate")
+        value.backward()
+        for name, master in masters.items():
+            own = parameters[name]
+            master.grad = None if own.grad is None else own.grad.float()
+            own.grad = None
+        nn.utils.clip_grad_norm_(masters.values(), recipe.clip)
+        optimizer.param_groups[0]["lr"] = recipe.rate(step)
+        optimizer.step()
+        _copy_back(masters, parameters)
+        for name, figure in figures.items():
+            curves.setdefault(name, []).append(figure)
+        shown = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+        bar.set_postfix_str(f"{shown}, {tokens * (bar.format_dict['rate'] or 0):.0f} tokens/s")
+        if reason := stop(figures):
+            return curves, f"{reason} at step {step + 1}"
+        if (step + 1) % SAVE_EVERY == 0:
+            saved = {f"curve.{name}": torch.tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
+            journal.save(step + 1, _state(optimizer, masters) | saved)
+    return curves, "all steps taken"
+
+
+@torch.no_grad()
+def _copy_back(masters: dict[str, nn.Parameter], parameters: dict[str, nn.Parameter]) -> None:
+    for name, own in parameters.items():
+        own.copy_(masters[name])
+
+
+def _state(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    saved: dict[str, Tensor] = {}
+    for name, master in masters.items():
+        own = optimizer.state[master]
+        saved |= {
+            f"value.{name}": master.data,
+            f"mean.{name}": own["exp_avg"],
+            f"square.{name}": own["exp_avg_sq"],
+        }
+    return saved
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], state: dict[str, Tensor], step: int
+) -> None:
+    for name, master in masters.items():
+        master.data.copy_(state[f"value.{name}"])
+        optimizer.state[master] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": state[f"mean.{name}"].to(master.device),
+            "exp_avg_sq": state[f"square.{name}"].to(master.device),
+        }

@@ -1,0 +1,115 @@
+"""A pruned linear layer that learns through a low-rank update under its mask.
+
+    W' = W + s * M o (B A)          s = alpha / r,  o the elementwise product
+
+W [out, in] pruned and frozen, M its mask, A [r, in] and B [out, r] trained: MaskLoRA of PERP (Zimmer et al. 2023,
+arXiv 2312.15230, section on sparsity-preserving adapters). On a grid, W' is rounded to it and the gradient passes
+straight through the rounding, so that what is learned is what will be packed.
+
+The released layer keeps W' and its dense gradient alive in every layer. Here W' is built for one product at a
+time and built again in the backward pass, so memory is that of the adapters and of one layer.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from compression.quantization.grid import Grid
+
+
+class _MaskedLowRank(torch.autograd.Function):
+    """y = x W'^T for x [n, in]; gradients with respect to x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: "MaskedLinear") -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.layer = layer
+        return x @ layer.effective(A, B, x.dtype).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, A, B = ctx.saved_tensors
+        layer: MaskedLinear = ctx.layer
+        grad_x = grad @ layer.effective(A, B, x.dtype) if ctx.needs_input_grad[0] else None
+        # dL/d(BA) = s * M o (dL/dW'): the one dense matrix, gone after two thin products.
+        grad_product = (grad.t() @ x).mul_(layer.keep).mul_(layer.scaling)
+        grad_A = B.to(x.dtype).t() @ grad_product
+        grad_B = grad_product @ A.to(x.dtype).t()
+        return grad_x, grad_A.to(A.dtype), grad_B.to(B.dtype), None
+
+
+class MaskedLinear(nn.Module):
+    """Stands in for a pruned `nn.Linear`.
+
+    Args:
+        linear: W [out, in] and bias; both are taken over, not copied.
+        keep: M, bool [out, in].
+        rank, alpha: r and alpha.
+        generator: draws A uniformly in +-1/sqrt(in), as the released layers do; B starts at zero, so W' starts at W.
+        grid: where W' has to lie, if anywhere.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        keep: Tensor,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        grid: Grid | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.keep: Tensor
+        self.register_buffer("keep", keep.to(linear.weight.device), persistent=False)
+        self.scaling, self.grid = alpha / rank, grid
+        bound = 1 / math.sqrt(linear.in_features)
+        start = torch.rand(rank, linear.in_features, generator=generator) * 2 * bound - bound
+        self.A = nn.Parameter(start.to(linear.weight.device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _MaskedLowRank.apply(x.reshape(-1, x.shape[-1]), self.A, self.B, self)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def effective(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        """W' [out, in], in `dtype`."""
+        update = (B.to(dtype) @ A.to(dtype)).mul_(self.scaling).mul_(self.keep)
+        weight = update.add_(self.weight.to(dtype))
+        return weight if self.grid is None else self.grid.values(self.grid.codes(weight)).to(dtype)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W' [out, in] in the type of W: exactly what the forward pass multiplies with in that type."""
+        return self.effective(self.A, self.B, self.weight.dtype)
+
+
+def attach(
+    model: nn.Module,
+    keep: dict[str, Tensor],
+    rank: int,
+    alpha: float,
+    seed: int,
+    grids: dict[str, Grid] | None = None,
+) -> dict[str, MaskedLinear]:
+    """Puts a MaskedLinear in the place of every layer that `keep` names, in its order.
+
+    Args:
+        keep: masks bool [out, in] by module name.
+        grids: by module name, for a quantised model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, mask in keep.items():
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layers[name] = MaskedLinear(linear, mask, rank, alpha, generator, (grids or {}).get(name))
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers

@@ -1,0 +1,39 @@
+"""The whole model in memory, which training needs."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.progress import progress
+from compression.core.skeleton import empty_model
+
+
+def load_whole(folder: Path, tensors: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """The model that config.json describes with `tensors` as its weights, by full name; nothing is trained yet."""
+    model = empty_model(folder)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    return model.to(device).requires_grad_(False)
+
+
+def read_whole(checkpoint: Checkpoint, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors of a checkpoint as stored, and its masks bool [out, in] by layer."""
+    tensors, packed = checkpoint.outer(), checkpoint.masks()
+    keep: dict[str, Tensor] = {}
+    for index in progress(range(checkpoint.depth), what=what, unit="block"):
+        tensors |= checkpoint.block(index)
+        keep |= checkpoint.block_masks(index, packed)
+    return tensors, keep
+
+
+def write_whole(
+    source: Checkpoint, writer: CheckpointWriter, tensors: dict[str, Tensor], keep: dict[str, Tensor]
+) -> None:
+    """Writes all tensors of a model, by full name, block by block."""
+    prefixes = {index: f"{source.blocks}.{index}." for index in range(source.depth)}
+    writer.write_outer({name: t for name, t in tensors.items() if not name.startswith(f"{source.blocks}.")})
+    for index, prefix in prefixes.items():
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        writer.write_block(index, own, {layer: mask for layer, mask in keep.items() if layer.startswith(prefix)})

@@ -1,0 +1,22 @@
+"""What a checkpoint hands on to the next one."""
+
+from pathlib import Path
+from typing import Any
+
+from compression.core.checkpoint import MASKS, OUTER, Checkpoint, CheckpointWriter, block_file
+
+LINEAGE = ("source", "licence", "blocks", "layers", "quantization")
+
+
+def lineage(source: Checkpoint) -> dict[str, Any]:
+    """What stays true of every checkpoint that comes from `source`."""
+    return {key: source.manifest[key] for key in LINEAGE if key in source.manifest}
+
+
+def pass_through(source: Checkpoint, folder: Path, record: dict[str, Any]) -> None:
+    """Method `none`: the same checkpoint under the next name, files hard-linked."""
+    writer = CheckpointWriter(folder, source.folder)
+    names = [OUTER, *(block_file(index) for index in range(source.depth))]
+    for name in names + ([MASKS] if MASKS in source.manifest["files"] else []):
+        writer.link(source, name)
+    writer.finish(source.depth, lineage(source) | record)

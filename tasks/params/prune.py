@@ -1,0 +1,25 @@
+"""Section `prune`: which weights go."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from compression.pruning.pattern import parse_pattern
+from tasks.params.base import Section
+
+
+class Prune(Section):
+    section: ClassVar[str] = "prune"
+
+    method: Literal["magnitude", "wanda", "none"]
+    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    pattern: str
+    scope: Literal["row", "layer"]
+    sequences: PositiveInt
+    length: PositiveInt
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, pattern: str) -> str:
+        parse_pattern(pattern)
+        return pattern

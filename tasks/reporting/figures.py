@@ -1,0 +1,82 @@
+"""The figures as numbers: metrics.json for `dvc metrics`, and a tidy table for each plot."""
+
+from typing import Any
+
+import pandas as pd
+
+from tasks.reporting.inputs import Row, Run
+
+KEPT = {"perplexity", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain"}
+
+
+def metrics(run: Run) -> dict[str, Any]:
+    """Nested numbers by checkpoint; a missing number leaves its key out."""
+    return {name: _known(_figures(row)) for name, row in run.items()}
+
+
+def tables(run: Run, layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The plots' tables by file name.
+
+    Args:
+        layers: the sensitivity table. A block's figures are the plain means over its layers, by which the
+            stage `quantize` ranks the blocks, too.
+    """
+    return {
+        "layer_sparsity": layer_sparsity(run),
+        "sensitivity": layers.groupby("block", as_index=False)[["pmpq", "outlier_ratio"]].mean(),
+        "perplexity_bytes": perplexity_bytes(run),
+        "losses": losses(run),
+    }
+
+
+def layer_sparsity(run: Run) -> pd.DataFrame:
+    """A row per layer of every checkpoint that has a mask."""
+    found = [
+        (layer, block_of(layer), name, share)
+        for name, row in run.items()
+        for layer, share in row.figures.layer_sparsity.items()
+    ]
+    return pd.DataFrame(found, columns=["layer", "block", "checkpoint", "sparsity"])
+
+
+def perplexity_bytes(run: Run) -> pd.DataFrame:
+    """A row per checkpoint and text whose perplexity is known."""
+    found = [
+        (name, text, value, row.figures.bytes)
+        for name, row in run.items()
+        for text, value in row.figures.perplexity.items()
+        if value is not None
+    ]
+    return pd.DataFrame(found, columns=["checkpoint", "text", "perplexity", "bytes"])
+
+
+def losses(run: Run) -> pd.DataFrame:
+    """A row per step of every loss curve."""
+    found = [
+        (row.manifest.stage, curve, step, loss)
+        for row in run.values()
+        if row.manifest.training
+        for curve, values in row.manifest.training.curves.items()
+        for step, loss in enumerate(values, 1)
+    ]
+    return pd.DataFrame(found, columns=["stage", "curve", "step", "loss"])
+
+
+def block_of(layer: str) -> int:
+    """The block's number: the first part of the dotted name that is one."""
+    return next(int(part) for part in layer.split(".") if part.isdecimal())
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    speed = row.speed
+    rates = {"prefill": speed.prefill_tokens_per_second, "decode": speed.decode_tokens_per_second}
+    return (
+        row.figures.model_dump(include=KEPT)
+        | {"tokens_per_second": rates}
+        | speed.model_dump(include={"load_seconds", "peak_memory_bytes"})
+    )
+
+
+def _known(figures: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: _known(one) if isinstance(one, dict) else one for key, one in figures.items()}
+    return {key: one for key, one in kept.items() if one is not None and one != {}}

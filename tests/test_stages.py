@@ -1,0 +1,85 @@
+"""dvc.yaml against the code: every dependency declared, so that no cache is ever stale."""
+
+import importlib
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.imports import ROOT, needed_files
+
+# stage -> package that holds its methods, whose name params.yaml gives
+METHODS = {
+    "sensitivity": "compression.sensitivity",
+    "prune": "compression.pruning",
+    "retrain": "compression.retraining",
+    "quantize": "compression.quantization",
+    "unlearn": "compression.unlearning",
+}
+STAGES = ["download", "corpus", "calibrate", *METHODS, "evaluate", "speed", "report"]
+CASES = [
+    (stage, method)
+    for stage in STAGES
+    for method in (importlib.import_module(METHODS[stage]).METHODS if stage in METHODS else [None])
+]
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Any]:
+    document = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {name: stage.get("do", stage) for name, stage in document.items()}
+
+
+def declared(stage: dict[str, Any], name: str, method: str | None) -> list[str]:
+    """Code dependencies of a stage, the method filled in."""
+    deps = [dep.replace(f"${{{name}.method}}", method or "") for dep in stage["deps"]]
+    return [dep for dep in deps if dep.startswith(("compression", "tasks"))]
+
+
+def test_stages_are_those_of_the_design(stages: dict[str, Any]) -> None:
+    assert list(stages) == STAGES
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_declared_code_is_what_the_stage_imports(stages: dict[str, Any], name: str, method: str | None) -> None:
+    modules = [f"tasks.{name}"]
+    if method:
+        modules.append(importlib.import_module(METHODS[name]).METHODS[method])
+    loaded = needed_files(*modules)
+    deps = declared(stages[name], name, method)
+    missing = {file for file in loaded if not any(file == dep or file.startswith(dep + "/") for dep in deps)}
+    assert not missing, f"dvc.yaml: {name} lacks {sorted(missing)}"
+    assert all((ROOT / dep).exists() for dep in deps)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_code_is_declared_that_no_method_loads(stages: dict[str, Any], name: str) -> None:
+    """A dependency too many makes a stage run again for nothing."""
+    methods = [method for stage, method in CASES if stage == name]
+    modules = [importlib.import_module(METHODS[name]).METHODS[method] for method in methods if method]
+    loaded = needed_files(f"tasks.{name}", *modules)
+    deps = {dep for method in methods for dep in declared(stages[name], name, method)}
+    idle = [dep for dep in deps if dep.endswith(".py") and dep not in loaded and (ROOT / dep).stat().st_size]
+    assert not idle, f"dvc.yaml: {name} names {idle}, which it never loads"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_one_file_one_line_one_value(name: str) -> None:
+    """The registry, the folder and params.yaml's schema agree."""
+    package = METHODS[name]
+    registry = importlib.import_module(package).METHODS
+    for method, module in registry.items():
+        assert module == f"{package}.{method}"
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+    section = importlib.import_module(f"tasks.params.{name}")
+    schema = getattr(section, name.capitalize()).model_json_schema()
+    assert set(schema["properties"]["method"]["enum"]) == set(registry)
+
+
+def test_a_stage_declares_the_section_it_reads(stages: dict[str, Any]) -> None:
+    for name, stage in stages.items():
+        sections = {"download": "model", "corpus": "corpora"}
+        if name != "report":
+            assert sections.get(name, name) in stage["params"]
+            computes = "tasks/core" in stage["deps"]
+            assert ("compute" in stage["params"]) == computes
