@@ -24,7 +24,7 @@ class InputNorms:
         """Adds inputs [..., in]."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         for rows in flat.split(ROWS):
-            self.squares += rows.float().square_().sum(0).double()
+            self.squares += rows.float().square().sum(0).double()
         self.tokens += len(flat)
 
     def norms(self) -> Tensor:

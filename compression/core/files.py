@@ -72,6 +72,6 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
             "delete its folder and the damaged object in .dvc/cache, then run the stage again",
         )
     try:
-        return dict(load(content))
+        return dict(sorted(load(content).items()))  # the library gives them in an order of its own, anew each time
     except SafetensorError as error:
         raise Problem(str(path), f"not a safetensors file: {error}") from None

@@ -42,7 +42,7 @@ def empty_model(folder: Path) -> nn.Module:
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise Problem(str(folder / "config.json"), f"transformers has no architecture `{name}`")
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = architecture._from_config(config)  # type: ignore[attr-defined]
+        model: nn.Module = architecture._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
     return model.eval().requires_grad_(False)
 
 

@@ -4,8 +4,9 @@ import difflib
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from compression.core.errors import Problem
 
@@ -29,10 +30,11 @@ def load(path: Path = PARAMS) -> dict[str, Any]:
         Problem: the file is missing, or is not a YAML mapping.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # YAML 1.2, as DVC writes it; by YAML 1.1 a pattern of 2:4 would be the number 124, and 1e-7 a text.
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Problem(str(path), "there is no such file here", "run from the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise Problem(str(path), f"not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise Problem(str(path), "not a mapping of sections")

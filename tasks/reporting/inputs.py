@@ -12,7 +12,7 @@ from compression.core.errors import Problem
 from tasks.checkpoints import CHECKPOINTS
 
 AGAIN = "`dvc repro` writes it"
-COLUMNS = {"layer": "str", "block": "int64", "pmpq": "float64", "outlier_ratio": "float64"}
+COLUMNS = {"block": "int64", "pmpq": "float64", "outlier_ratio": "float64"}
 
 # A loss that overflowed counts as missing, and so does its perplexity.
 Finite = BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value)
@@ -25,18 +25,11 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class Forget(Record):
-    """Losses in nats a token: on the text to forget, and on one like it that was never unlearned."""
+class Loss(Record):
+    """In nats a token, on one text; beside the text to forget stands one like it that was never unlearned."""
 
     loss: Number
-    control_loss: Number
-    tokens: int
-
-
-class Retain(Record):
-    """Loss in nats a token on text that unlearning should leave alone."""
-
-    loss: Number
+    control_loss: Number = None
     tokens: int
 
 
@@ -50,8 +43,8 @@ class Evaluation(Record):
     bytes: int
     mask_bytes: int
     bits_per_weight: float
-    forget: Forget
-    retain: Retain
+    forget: Loss
+    retain: Loss
     layer_sparsity: dict[str, float]
 
 
@@ -83,12 +76,6 @@ class Training(Record):
         return {name: curve for name, curve in curves.items() if curve}
 
 
-class Quantization(Record):
-    """Bits of every quantised layer."""
-
-    bits: dict[str, int]
-
-
 class Manifest(Record):
     """data/X/manifest.json: how a checkpoint came about."""
 
@@ -99,17 +86,18 @@ class Manifest(Record):
     inputs: dict[str, str]
     versions: dict[str, str]
     training: Training | None = None
-    quantization: Quantization | None = None
+    quantization: dict[str, Any] = {}
 
     @property
     def method(self) -> str | None:
-        """None where the stage passed the checkpoint through."""
-        method: str = self.parameters["method"]
+        """None where the stage passed the checkpoint through, and for the download."""
+        method = self.parameters.get("method")
         return None if method == "none" else method
 
     @property
     def bits(self) -> dict[str, int]:
-        return self.quantization.bits if self.quantization else {}
+        """Of every quantised layer."""
+        return self.quantization.get("bits", {})
 
 
 @dataclass(frozen=True)
@@ -148,11 +136,12 @@ def read_sensitivity(root: Path) -> pd.DataFrame:
     """
     path = "data/sensitivity/sensitivity.csv"
     try:
-        return pd.read_csv(root / path, usecols=list(COLUMNS), dtype=COLUMNS)  # type: ignore[arg-type]
+        table = pd.read_csv(root / path, usecols=list(COLUMNS), dtype=COLUMNS)
     except FileNotFoundError:
         raise Problem(path, "there is no such file", AGAIN) from None
     except ValueError as error:
         raise Problem(path, f"not a valid table: {error}", AGAIN) from None
+    return table.replace([math.inf, -math.inf], math.nan)  # an overflowed loss counts as missing here, too
 
 
 R = TypeVar("R", bound=Record)

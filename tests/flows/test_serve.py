@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,22 @@ from tests.flows.workspace import CACHED, Workspace
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
+    """The server's answer. 503 means its database was busy: tried again, as Prefect's own client does."""
     request = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    for _ in range(10):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            text = error.read().decode()
+            if error.code != 503:
+                pytest.fail(f"{url}: {error} {text}")
+            time.sleep(1)
+    raise AssertionError(f"{url}: always busy: {text}")
 
 
 @pytest.mark.timeout(300)

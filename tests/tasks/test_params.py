@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tasks.check import problems
+from tasks.params.base import load
 from tests.imports import ROOT
 
 WIDTHS = {"model.layers.0.mlp.up_proj": [1536, 576], "model.layers.0.mlp.down_proj": [576, 1536]}
@@ -90,6 +91,13 @@ def test_stages_that_contradict_each_other_are_told(document: dict[str, Any]) ->
     found = "\n".join(faults(document))
     assert "mask_lora trains under the pruning mask" in found
     assert "sensitivity.method is `none`" in found
+
+
+def test_values_are_read_as_dvc_writes_them(tmp_path: Path) -> None:
+    """By YAML 1.1 an unquoted 2:4 is the number 124 and 1e-07 a text; `dvc exp run --set` writes both unquoted."""
+    file = tmp_path / "params.yaml"
+    file.write_text("prune: {pattern: 2:4}\nretrain: {learning_rate: 1e-07}\n")
+    assert load(file) == {"prune": {"pattern": "2:4"}, "retrain": {"learning_rate": 1e-7}}
 
 
 def test_every_fault_is_told_at_once(document: dict[str, Any]) -> None:

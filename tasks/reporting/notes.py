@@ -1,0 +1,123 @@
+"""What a reader has to know to read the figures right, told only where the data says it."""
+
+import re
+from collections.abc import Iterator
+
+from tasks.reporting.formatting import listed, megabytes, number, percent, ratio, rise, times
+from tasks.reporting.inputs import Run
+
+SAME_BYTES = 0.02  # two sizes closer than this share are told as the same
+RETAIN_RISE = 0.05  # rise of the retained text's loss, as a share, from which on the page says so
+SLOWER = 0.9  # of the dense checkpoint's decoding speed
+
+
+def alarms(run: Run) -> list[str]:
+    """What makes a checkpoint unusable."""
+    return [
+        f"{number(count, 0)} pruned weight{' is' if count == 1 else 's are'} alive again in the {name} checkpoint. "
+        "Its mask does not hold: do not use this checkpoint."
+        for name, row in run.items()
+        if (count := row.figures.revived_weights)
+    ]
+
+
+def notes(run: Run, sensitive: bool) -> list[str]:
+    """A sentence or two each.
+
+    Args:
+        sensitive: whether the sensitivity of the blocks was measured.
+    """
+    found = [*_size(run), *_zeros(run), *_quality(run), *_forgetting(run), *_source(run), *_speed(run)]
+    if not sensitive:
+        found.append("The loss increase of the blocks was not measured: no block could be given more bits for it.")
+    return found
+
+
+def _size(run: Run) -> Iterator[str]:
+    dense = run["dense"].figures.bytes
+    same = [
+        name for name, row in run.items() if row.figures.sparsity and abs(row.figures.bytes / dense - 1) <= SAME_BYTES
+    ]
+    if same:
+        yield (
+            f"The {listed(same)} checkpoint{'s take' if len(same) > 1 else ' takes'} the same bytes as the dense "
+            "one: a stored zero takes as much room as any other weight. Sparsity alone saves nothing on disk here."
+        )
+    if masks := run["unlearned"].figures.mask_bytes:
+        yield f"The mask ledger of the unlearned checkpoint, {megabytes(masks)} MB, is not counted in its size."
+
+
+def _zeros(run: Run) -> Iterator[str]:
+    more = [
+        f"{name} ({percent(row.figures.zeros)} against {percent(row.figures.sparsity)})"
+        for name, row in run.items()
+        if row.figures.zeros - row.figures.sparsity > 0.01
+    ]
+    if more:
+        yield (
+            f"More prunable weights are exactly zero than the mask removes in {listed(more)}: the others were zero "
+            "in the source or were rounded to it. Sparsity in the table counts the mask alone."
+        )
+
+
+def _quality(run: Run) -> Iterator[str]:
+    for name, row in run.items():
+        if lost := [text for text, value in row.figures.perplexity.items() if value is None]:
+            yield f"The perplexity of the {name} checkpoint on {listed(lost)} is not finite."
+    ratios = _perplexity_ratios(run, "unlearned", "dense")
+    if worse := [f"{text} ({times(one)})" for text, one in ratios.items() if one > 2]:
+        yield f"The unlearned checkpoint has more than twice the perplexity of the dense one on {listed(worse)}."
+    ratios = _perplexity_ratios(run, "retrained", "pruned")
+    if worse := [text for text, one in ratios.items() if one > 1]:
+        yield f"Retraining made the perplexity on {listed(worse)} worse than pruning had left it."
+
+
+def _perplexity_ratios(run: Run, name: str, base: str) -> dict[str, float]:
+    """By text, where both perplexities are known."""
+    after, before = run[name].figures.perplexity, run[base].figures.perplexity
+    return {text: one for text in before if (one := ratio(after[text], before[text])) is not None}
+
+
+def _forgetting(run: Run) -> Iterator[str]:
+    if not run["unlearned"].manifest.method:
+        return
+    before, after = run["quantized"].figures, run["unlearned"].figures
+    retained = ratio(after.retain.loss, before.retain.loss)
+    if retained is not None and retained > 1 + RETAIN_RISE:
+        yield (
+            f"Unlearning cost retained text: its loss rose by {percent(retained - 1)}, from "
+            f"{number(before.retain.loss, 2)} to {number(after.retain.loss, 2)} nats a token."
+        )
+    forgot = rise(after.forget.loss, before.forget.loss)
+    spread = rise(after.forget.control_loss, before.forget.control_loss)
+    if forgot is not None and forgot <= 0:
+        yield f"Nothing was forgotten: the loss on the text to forget changed by {number(forgot, 3)} nats."
+    elif forgot is not None and spread is not None and spread > forgot / 2:
+        yield (
+            "Forgetting spread: the loss on the control text, which was never unlearned, rose by "
+            f"{number(spread, 2)} nats, that on the text to forget by {number(forgot, 2)}."
+        )
+
+
+def _source(run: Run) -> Iterator[str]:
+    """A quantised GGUF source says so in its name: `...Q4_1.gguf` has 4 bits."""
+    found = re.search(r"[-_.]I?Q(\d)(_[A-Z0-9]+)*\.gguf$", run["dense"].manifest.source, flags=re.I)
+    if found:
+        yield (
+            f"The source is a {found[1]}-bit GGUF file: its weights lay on a {found[1]}-bit grid before anything was "
+            f"done, and what that cost is part of the dense row. A {found[1]}-bit grid here is flattered by it; from "
+            "a full-precision source quantisation would cost more."
+        )
+
+
+def _speed(run: Run) -> Iterator[str]:
+    dense = run["dense"].speed.decode_tokens_per_second
+    rates = {name: row.speed.decode_tokens_per_second / dense for name, row in run.items()}
+    if slower := [f"{name} ({times(rate)})" for name, rate in rates.items() if rate < SLOWER]:
+        decode = "decodes" if len(slower) == 1 else "decode"
+        yield f"Smaller is not faster here: {listed(slower)} {decode} more slowly than the dense checkpoint."
+    places = sorted({f"{row.speed.device}, {row.speed.dtype}" for row in run.values()})
+    if len(places) > 1:
+        yield f"The speeds come from different settings ({'; '.join(places)}): do not compare them."
+    else:
+        yield f"Speeds and memory were measured once ({places[0]}); they differ from run to run."

@@ -1,0 +1,139 @@
+"""The page and the model card: what they say, rendered from their templates."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from tasks.reporting import formatting
+from tasks.reporting.figures import block_of
+from tasks.reporting.formatting import listed, megabytes, number, percent, perplexity, ratio, rise, setting, times
+from tasks.reporting.inputs import Manifest, Run
+from tasks.reporting.notes import alarms, notes
+from tasks.reporting.plots import Plot, layer_sparsity, losses, perplexity_bytes, sensitivity
+
+METHODS = {
+    "magnitude": "magnitude pruning",
+    "wanda": "Wanda",
+    "mask_lora": "masked LoRA",
+    "subset": "training a few parameters",
+    "rtn": "rounding to nearest",
+    "gradient_ascent": "gradient ascent",
+}
+
+
+def describe(run: Run, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """Everything that the two templates show."""
+    origin = run["dense"].manifest
+    hub = origin.source.removeprefix("hf://").split("@")[0] if origin.source.startswith("hf://") else None
+    name = hub or re.sub(r"\.gguf$", "", origin.source.rstrip("/").split("/")[-1], flags=re.I)
+    return {
+        "name": name,
+        "hub": hub,
+        "source": origin.source,
+        "licence": origin.licence,
+        "headline": _headline(run, name),
+        "tiles": _tiles(run),
+        "texts": list(run["dense"].figures.perplexity),
+        "run": run,
+        "alarms": alarms(run),
+        "notes": notes(run, bool(tables["sensitivity"]["pmpq"].notna().any())),
+        "plots": _plots(run, tables),
+        "stages": [(row.manifest, _details(row.manifest)) for row in run.values()],
+    }
+
+
+def render(template: str, page: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    for word in ("number", "percent", "megabytes", "perplexity", "times", "setting"):
+        environment.filters[word] = getattr(formatting, word)
+    environment.filters["cell"] = _cell
+    return environment.get_template(template).render(page, ratio=ratio)
+
+
+def _cell(value: str) -> str:
+    """A value in Markdown: one line, with nothing in it that Markdown would obey."""
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", " ".join(value.split()))
+
+
+def _headline(run: Run, name: str) -> str:
+    """What was done, and what came of it."""
+    deeds = _deeds(run)
+    done = f"{name} was {listed(deeds)}." if deeds else f"{name} passed every stage unchanged: each method is none."
+    first, last = run["dense"].figures, run["unlearned"].figures
+    text, before = next(iter(first.perplexity.items()))
+    return (
+        f"{done} Its weights take {megabytes(last.bytes)} MB on disk instead of {megabytes(first.bytes)} MB and its "
+        f"perplexity on {text} is {perplexity(last.perplexity[text])} instead of {perplexity(before)}."
+    )
+
+
+def _deeds(run: Run) -> list[str]:
+    """A phrase for every stage that did something."""
+    pruned, trained = run["pruned"], run["retrained"].manifest.training
+    pattern = pruned.manifest.parameters.get("pattern", "")
+    shape = f" in a {pattern} pattern" if ":" in pattern else ""
+    bits = listed([str(one) for one in sorted(set(run["quantized"].manifest.bits.values()))] or ["?"])
+    share = percent(trained.trainable_share) if trained else ""
+    deeds = {
+        "pruned": f"pruned by {{}} ({percent(pruned.figures.sparsity, 0)} of the weights in its linear layers{shape})",
+        "retrained": f"retrained by {{}} ({share} of the parameters)",
+        "quantized": f"quantised to {bits} bits by {{}}",
+        "unlearned": "made to unlearn a text by {}",
+    }
+    methods = {name: run[name].manifest.method for name in deeds}
+    return [deeds[name].format(METHODS.get(method, method)) for name, method in methods.items() if method]
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """Label, figure and remark of the few numbers that stand large at the top: the last checkpoint's."""
+    first, last = run["dense"], run["unlearned"]
+    tiles = [("On disk", f"{megabytes(last.figures.bytes)} MB", ratio(last.figures.bytes, first.figures.bytes))]
+    for text, before in list(first.figures.perplexity.items())[:2]:
+        now = last.figures.perplexity[text]
+        tiles.append((f"Perplexity, {text}", perplexity(now), ratio(now, before)))
+    rate = last.speed.decode_tokens_per_second
+    tiles.append(("Decoding", f"{number(rate)} tokens/s", ratio(rate, first.speed.decode_tokens_per_second)))
+    told = [(label, figure, f"{times(share)} of dense") for label, figure, share in tiles]
+    now, before = last.figures.forget.loss, run["quantized"].figures.forget.loss
+    forgot = number(rise(now, before), 2, sign=True)
+    return [*told, ("Loss on the text to forget", number(now, 2), f"{forgot} nats by unlearning")]
+
+
+def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:
+    bits = run["quantized"].manifest.bits
+    least, most = min(bits.values(), default=0), max(bits.values(), default=0)
+    fine = {block_of(layer) for layer, one in bits.items() if one > least}
+    return [
+        layer_sparsity(tables["layer_sparsity"]),
+        sensitivity(tables["sensitivity"], fine, most),
+        perplexity_bytes(tables["perplexity_bytes"]),
+        losses(tables["losses"]),
+    ]
+
+
+def _details(manifest: Manifest) -> dict[str, str]:
+    """What a stage was told, and what it says of itself."""
+    told = {key: setting(value) for key, value in manifest.parameters.items()}
+    if training := manifest.training:
+        if training.trainable_parameters is not None:
+            share = percent(training.trainable_share, 2)
+            told["parameters trained"] = f"{number(training.trainable_parameters, 0)} ({share})"
+        for name, curve in training.curves.items():
+            told[f"{name} loss"] = f"{number(curve[0], 3)} → {number(curve[-1], 3)} in {len(curve)} steps"
+        told["stopped"] = training.stopped
+        if training.changed_codes is not None:
+            told["weights changed"] = percent(training.changed_codes, 2)
+    if manifest.stage == "quantize":
+        stored = list(manifest.bits.values())
+        told |= {f"layers at {bits} bits": str(stored.count(bits)) for bits in sorted(set(stored))}
+    return told

@@ -1,0 +1,110 @@
+"""Stages in one call, as tasks/ run them."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from compression.core import masks
+from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.journal import Journal
+from compression.core.skeleton import Skeleton
+from compression.pruning.pattern import Pattern
+from compression.pruning.run import prune_model
+from compression.quantization import rtn
+from compression.quantization.packed import block_reader, config_entry
+from compression.quantization.run import quantize_model
+
+CPU = torch.device("cpu")
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing in compression/ knows it."""
+
+
+def lineage(source: Checkpoint) -> dict[str, Any]:
+    return {key: source.manifest[key] for key in ("blocks", "layers", "quantization") if key in source.manifest}
+
+
+def prune(
+    source: Path,
+    target: Path,
+    method: ModuleType,
+    pattern: Pattern,
+    ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Checkpoint:
+    """Prunes `source` into `target`, with its journal beside it."""
+    checkpoint = Checkpoint(source)
+    writer = CheckpointWriter(target, source)
+    prune_model(checkpoint, writer, journal(target), method, pattern, ids, CPU, dtype)
+    writer.finish(checkpoint.depth, lineage(checkpoint))
+    return Checkpoint(target)
+
+
+def quantize(source: Checkpoint, target: Path, group_size: int = 32) -> Checkpoint:
+    """4 bits, but 8 for block 0."""
+    bits = {layer: 8 if layer.startswith(f"{source.blocks}.0.") else 4 for layer in source.layers}
+    writer = CheckpointWriter(target, source.folder)
+    quantize_model(source, writer, journal(target), rtn, bits, group_size)
+    config = source.config() | {"quantization_config": config_entry(bits, group_size)}
+    record = lineage(source) | {"quantization": {"group_size": group_size, "bits": bits}}
+    writer.finish(source.depth, record, config)
+    return Checkpoint(target)
+
+
+def journal(target: Path) -> Journal:
+    return Journal(target.with_name(f"{target.name}-journal"))
+
+
+def whole_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model as transformers loads it."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model: nn.Module = getattr(transformers, name).from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+@torch.no_grad()
+def whole_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    logits: Tensor = whole_model(folder, dtype)(input_ids=ids).logits
+    return logits
+
+
+def make_skeleton(folder: Path, dtype: torch.dtype = torch.float32) -> Skeleton:
+    checkpoint = Checkpoint(folder)
+    return Skeleton(folder, checkpoint.outer(), block_reader(checkpoint), CPU, dtype)
+
+
+@torch.no_grad()
+def walked_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Block by block through the skeleton."""
+    skeleton = make_skeleton(folder, dtype)
+    hidden = skeleton.begin(ids)
+    for index in range(skeleton.depth):
+        skeleton.load(index)
+        hidden = skeleton.run(index, hidden, ids)
+        skeleton.release(index)
+    return skeleton.end(hidden, ids)
+
+
+def all_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor as it is stored."""
+    tensors = checkpoint.outer()
+    for index in range(checkpoint.depth):
+        tensors |= checkpoint.block(index)
+    return tensors
+
+
+def all_masks(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Masks bool [out, in] by layer."""
+    return {name: masks.unpack(bits, checkpoint.layers[name][1]) for name, bits in checkpoint.masks().items()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Hash of every file, by name."""
+    files: dict[str, str] = json.loads((folder / "manifest.json").read_text())["files"]
+    return files

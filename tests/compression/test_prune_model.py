@@ -1,0 +1,228 @@
+"""Pruning a model on disk: one pass, any batch split, every family, and a kill anywhere costs no bytes."""
+
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.errors import Problem
+from compression.core.files import sha256, write_tensors
+from compression.importing import import_model
+from compression.pruning import METHODS, run, wanda
+from compression.pruning.pattern import NofM, Unstructured
+from tests import tiny
+from tests.compression.helpers import (
+    CPU,
+    Killed,
+    all_masks,
+    all_tensors,
+    hashes,
+    journal,
+    lineage,
+    prune,
+    walked_logits,
+    whole_logits,
+    whole_model,
+)
+from tests.conftest import Make
+from tests.reference import pruning as reference
+
+HALF = Unstructured(0.5)
+every_method = pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Share of the mask bits in which two models differ."""
+    assert one.keys() == other.keys()
+    return sum(int((one[name] != other[name]).sum()) for name in one) / sum(mask.numel() for mask in one.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "bert"])
+def test_equals_pruning_layer_by_layer(
+    family: str, original: Make, imported: Make, tmp_path: Path, ids: Tensor
+) -> None:
+    ours = all_masks(prune(imported(family), tmp_path / "pruned", wanda, HALF, ids))
+    model = whole_model(original(family))
+    layers = list(Checkpoint(imported(family)).layers)
+    naive = reference.prune_model(model, layers, ids, HALF)
+    assert differing(ours, naive) < 1e-3  # two scores may come so close that rounding decides
+
+    dense = whole_model(original(family))
+    two_pass = {
+        layer: reference.wanda(dense.get_parameter(f"{layer}.weight"), reference.inputs_of(dense, layer, ids), HALF)
+        for layer in layers
+    }
+    assert (
+        differing(ours, two_pass) > 3e-3
+    )  # inputs of the dense model give other masks: the figure above says something
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@every_method
+def test_every_family(family: str, method: str, imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    pruned = prune(imported(family), tmp_path / "pruned", import_module(METHODS[method]), HALF, ids)
+    dense, sparse = all_tensors(Checkpoint(imported(family))), all_tensors(pruned)
+    keep = all_masks(pruned)
+    assert set(keep) == set(pruned.layers)
+    assert len(keep) >= 4 * pruned.depth
+    assert sparse.keys() == dense.keys()
+    for name, tensor in dense.items():
+        mask = keep.get(name.removesuffix(".weight"))
+        assert torch.equal(sparse[name], tensor if mask is None else tensor * mask)
+        assert mask is None or int(mask.sum()) * 2 == mask.numel()
+    torch.testing.assert_close(
+        walked_logits(pruned.folder, ids), whole_logits(pruned.folder, ids), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_weights_keep_their_stored_type(original: Make, tmp_path: Path, ids: Tensor) -> None:
+    """Forward in bfloat16, weights in float32, and the other way round."""
+    for stored, computed in (("float32", torch.bfloat16), ("bfloat16", torch.float32)):
+        import_model(original("llama"), tmp_path / stored, stored, {})
+        pruned = prune(tmp_path / stored, tmp_path / f"{stored}-pruned", wanda, HALF, ids, computed)
+        dense = all_tensors(Checkpoint(tmp_path / stored))
+        for layer, mask in all_masks(pruned).items():
+            weight = all_tensors(pruned)[f"{layer}.weight"]
+            assert weight.dtype == getattr(torch, stored)
+            assert torch.equal(weight, dense[f"{layer}.weight"] * mask)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 256])
+def test_batch_split_does_not_matter(
+    tokens: int, pruned: Checkpoint, imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "BATCH_TOKENS", tokens)
+    split = prune(imported("llama"), tmp_path / "split", wanda, HALF, ids)
+    assert differing(all_masks(split), all_masks(pruned)) < 1e-3
+
+
+def test_uneven_last_batch(imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prune(imported("llama"), tmp_path / "whole", wanda, HALF, ids[:5])
+    monkeypatch.setattr(run, "BATCH_TOKENS", 2 * ids.shape[1])
+    split = prune(imported("llama"), tmp_path / "split", wanda, HALF, ids[:5])
+    assert differing(all_masks(split), all_masks(whole)) < 1e-3
+
+
+def test_same_run_same_bytes(pruned: Checkpoint, imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    assert hashes(prune(imported("llama"), tmp_path / "again", wanda, HALF, ids).folder) == hashes(pruned.folder)
+
+
+def spy(method: Any, pruned: list[int]) -> Any:
+    """The method, noting each call."""
+
+    def watched(*arguments: Any) -> Any:
+        pruned.append(1)
+        return method.prune(*arguments)
+
+    return SimpleNamespace(STATISTIC=method.STATISTIC, prune=watched)
+
+
+@every_method
+@pytest.mark.parametrize("after", ["nothing of the block", "the block's file", "one layer"])
+def test_killed_and_resumed_gives_the_same_bytes(
+    method: str, after: str, imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module(METHODS[method])
+    straight = prune(imported("opt"), tmp_path / "straight", module, HALF, ids)
+    calls: list[int] = []
+    write = CheckpointWriter.write_block
+
+    def dying_write(self: CheckpointWriter, index: int, *arguments: Any) -> None:
+        if index != 2 or after == "the block's file":
+            write(self, index, *arguments)
+        if index == 2:
+            raise Killed
+
+    def dying_method(*arguments: Any) -> Any:
+        if len(calls) == 2 * 6 + 1:
+            raise Killed
+        calls.append(1)
+        return module.prune(*arguments)
+
+    target = tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        dying = module
+        if after == "one layer":
+            dying = SimpleNamespace(STATISTIC=module.STATISTIC, prune=dying_method)  # type: ignore[assignment]
+        else:
+            patch.setattr(CheckpointWriter, "write_block", dying_write)
+        with pytest.raises(Killed):
+            prune(imported("opt"), target, dying, HALF, ids)
+    assert not (target / "manifest.json").exists()
+
+    recomputed: list[int] = []
+    resumed = prune(imported("opt"), target, spy(module, recomputed), HALF, ids)
+    assert hashes(resumed.folder) == hashes(straight.folder)
+    assert len(recomputed) == 6  # one block of OPT: two of three were finished
+
+
+def broken(source: Path, target: Path, layer: str, value: float) -> Path:
+    """A copy of a checkpoint with one weight replaced."""
+    checkpoint = Checkpoint(source)
+    writer = CheckpointWriter(target, source)
+    writer.write_outer(checkpoint.outer())
+    for index in range(checkpoint.depth):
+        tensors = checkpoint.block(index)
+        if f"{layer}.weight" in tensors:
+            tensors[f"{layer}.weight"][0, 0] = value
+        writer.write_block(index, tensors)
+    writer.finish(checkpoint.depth, lineage(checkpoint))
+    return target
+
+
+@every_method
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_named(method: str, value: float, imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    source = broken(imported("llama"), tmp_path / "broken", "model.layers.1.mlp.up_proj", value)
+    with pytest.raises(Problem, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds NaN or infinite"):
+        prune(source, tmp_path / "pruned", import_module(METHODS[method]), HALF, ids)
+
+
+def test_broken_inputs_are_named(imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    """An infinite norm scale is no prunable weight, but what comes after it is not sound."""
+    checkpoint = Checkpoint(imported("llama"))
+    writer = CheckpointWriter(tmp_path / "broken", checkpoint.folder)
+    writer.write_outer(checkpoint.outer())
+    for index in range(checkpoint.depth):
+        tensors = checkpoint.block(index)
+        if index == 1:
+            tensors["model.layers.1.input_layernorm.weight"][3] = float("inf")
+        writer.write_block(index, tensors)
+    writer.finish(checkpoint.depth, lineage(checkpoint))
+    with pytest.raises(Problem, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs hold NaN or infinite"):
+        prune(tmp_path / "broken", tmp_path / "pruned", wanda, HALF, ids)
+
+
+@every_method
+def test_pattern_that_does_not_divide_is_refused_before_work(
+    method: str, imported: Make, tmp_path: Path, ids: Tensor
+) -> None:
+    with pytest.raises(Problem, match=r"model\.layers\.0\.self_attn\.q_proj: 32 inputs .* groups of 5 \(2:5\)"):
+        prune(imported("llama"), tmp_path / "pruned", import_module(METHODS[method]), NofM(2, 5), ids)
+    assert not list((tmp_path / "pruned").glob("*.safetensors"))
+
+
+def test_journal_of_a_finished_run_does_nothing_again(imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    """Killed between the last block and the manifest."""
+    straight = prune(imported("opt"), tmp_path / "straight", wanda, HALF, ids)
+    source, target = Checkpoint(imported("opt")), tmp_path / "resumed"
+    writer = CheckpointWriter(target, source.folder)
+    run.prune_model(source, writer, journal(target), wanda, HALF, ids, CPU, torch.float32)
+    calls: list[int] = []
+    resumed = prune(imported("opt"), target, spy(wanda, calls), HALF, ids)
+    assert calls == []
+    assert hashes(resumed.folder) == hashes(straight.folder)
+
+
+def test_damaged_source_is_noticed_while_pruning(imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    source = Checkpoint(imported("llama"))
+    copy = broken(imported("llama"), tmp_path / "copy", "model.layers.2.mlp.up_proj", 1.0)
+    write_tensors(copy / "block-00002.safetensors", source.block(2))
+    assert sha256(copy / "block-00002.safetensors") != hashes(copy)["block-00002.safetensors"]
+    with pytest.raises(Problem, match=r"block-00002\.safetensors: the file is not the one its manifest names"):
+        prune(copy, tmp_path / "pruned", wanda, HALF, ids)

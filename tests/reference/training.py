@@ -1,0 +1,30 @@
+"""MaskLoRA by plain autograd, and the learning rate of every step as two straight lines."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mask_lora(x: Tensor, W: Tensor, bias: Tensor, M: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """y = x (W + s * M o (B A))^T + bias, the whole matrix kept for autograd."""
+    return F.linear(x, W + s * M * (B @ A), bias)
+
+
+def adam(start: Tensor, gradients: list[Tensor], rates: list[float], clip: float) -> Tensor:
+    """A parameter after AdamW without decay, its gradient clipped to the norm `clip`; float64."""
+    value, mean, square = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        clipped = gradient.double() * min(1.0, clip / (float(gradient.double().norm()) + 1e-6))
+        mean = 0.9 * mean + 0.1 * clipped
+        square = 0.999 * square + 0.001 * clipped**2
+        value = value - rate * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+    return value
+
+
+def rates(steps: int, peak: float, warmup: float) -> list[float]:
+    """Up to `peak` in equal steps over round(warmup * steps) steps, then down towards zero in equal steps."""
+    up = round(warmup * steps)
+    rising = [peak / up * number for number in range(1, up + 1)]
+    down = steps - up
+    falling = [peak / down * number for number in range(down, 0, -1)]
+    return rising + falling
