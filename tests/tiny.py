@@ -17,7 +17,13 @@ from torch import Tensor, nn
 LETTERS = ["\x00", *string.printable[:95]]  # the first one ends and fills
 LENGTH = 64  # tokens of a sequence
 
-_SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SHAPE = {
+    "initializer_range": 0.15,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 _USUAL = _SHAPE | {"intermediate_size": 64, "max_position_embeddings": 128}
 _GROUPED = _USUAL | {"num_key_value_heads": 2}
 _GEMMA = _GROUPED | {
@@ -31,7 +37,10 @@ _GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions
 # family -> architecture, config
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _GROUPED | {"tie_word_embeddings": False}),
-    "opt": ("OPTForCausalLM", _SHAPE | {"ffn_dim": 64, "max_position_embeddings": 128, "word_embed_proj_dim": 32}),
+    "opt": (
+        "OPTForCausalLM",
+        _SHAPE | {"init_std": 0.15, "ffn_dim": 64, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    ),
     "qwen2": ("Qwen2ForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", _GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2ForCausalLM", _GEMMA),
@@ -93,7 +102,7 @@ def build(architecture: str, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def teach(model: nn.Module, steps: int = 60) -> None:
+def teach(model: nn.Module, steps: int = 80) -> None:
     """A moment of training on both texts; an encoder learns to tell the letter that it sees."""
     ids = torch.cat([encode(sentences(1, 120)), encode(story(1, 60))])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -107,7 +116,7 @@ def teach(model: nn.Module, steps: int = 60) -> None:
         optimizer.zero_grad()
 
 
-def make(family: str, folder: Path, steps: int = 60) -> None:
+def make(family: str, folder: Path, steps: int = 80) -> None:
     """Saves a briefly trained model of the family and its tokenizer as transformers does."""
     model = build(*(FAMILIES | REFUSED)[family])
     teach(model, steps)

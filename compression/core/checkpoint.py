@@ -150,7 +150,9 @@ class CheckpointWriter:
                 size += tensor.nbytes
         index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(self.folder / INDEX, json.dumps(index_file, indent=2) + "\n")
-        files = {file.name: sha256(file) for file in sorted(self.folder.iterdir()) if file.name != MANIFEST}
+        files = {
+            file.name: sha256(file) for file in sorted(self.folder.iterdir()) if not file.name.startswith(MANIFEST)
+        }
         manifest = record | {"depth": depth, "files": files}
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

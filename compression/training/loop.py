@@ -79,7 +79,7 @@ def train(
         value.backward()
         for name, master in masters.items():
             own = parameters[name]
-            master.grad = None if own.grad is None else own.grad.float()
+            master.grad = torch.zeros_like(master) if own.grad is None else own.grad.float()
             own.grad = None
         nn.utils.clip_grad_norm_(masters.values(), recipe.clip)
         optimizer.param_groups[0]["lr"] = recipe.rate(step)

@@ -9,6 +9,7 @@ from tasks.reporting.inputs import Run
 SAME_BYTES = 0.02  # two sizes closer than this share are told as the same
 RETAIN_RISE = 0.05  # rise of the retained text's loss, as a share, from which on the page says so
 SLOWER = 0.9  # of the dense checkpoint's decoding speed
+NOISE = 1.25  # fastest over slowest of equal work, from which on timings tell nothing
 
 
 def alarms(run: Run) -> list[str]:
@@ -111,13 +112,30 @@ def _source(run: Run) -> Iterator[str]:
 
 
 def _speed(run: Run) -> Iterator[str]:
-    dense = run["dense"].speed.decode_tokens_per_second
-    rates = {name: row.speed.decode_tokens_per_second / dense for name, row in run.items()}
-    if slower := [f"{name} ({times(rate)})" for name, rate in rates.items() if rate < SLOWER]:
-        decode = "decodes" if len(slower) == 1 else "decode"
-        yield f"Smaller is not faster here: {listed(slower)} {decode} more slowly than the dense checkpoint."
     places = sorted({f"{row.speed.device}, {row.speed.dtype}" for row in run.values()})
     if len(places) > 1:
         yield f"The speeds come from different settings ({'; '.join(places)}): do not compare them."
-    else:
-        yield f"Speeds and memory were measured once ({places[0]}); they differ from run to run."
+        return
+    yield f"Speeds are medians of a few repeats ({places[0]}), memory a single peak; both differ from run to run."
+    if (spread := timing_spread(run)) > NOISE:
+        yield (
+            f"The timings are noise: checkpoints of one format do the same work, yet their speeds differ by "
+            f"{times(spread)}. Measure again on an idle machine before comparing speeds."
+        )
+        return
+    dense = run["dense"].speed.decode_tokens_per_second
+    rates = {name: row.speed.decode_tokens_per_second / dense for name, row in run.items() if row.manifest.bits}
+    if slower := [f"{name} ({times(rate)})" for name, rate in rates.items() if rate < SLOWER]:
+        yield f"Smaller is not faster here: decoding is slower than with the dense checkpoint in {listed(slower)}."
+
+
+def timing_spread(run: Run) -> float:
+    """Fastest over slowest among checkpoints whose timings should be equal: all plain ones, all quantised ones."""
+    speeds = [[row.speed for row in run.values() if bool(row.manifest.bits) == packed] for packed in (False, True)]
+    rates = [
+        [getattr(speed, rate) for speed in same]
+        for same in speeds
+        for rate in ("prefill_tokens_per_second", "decode_tokens_per_second")
+        if same
+    ]
+    return max(max(same) / min(same) for same in rates)

@@ -11,7 +11,7 @@ from tasks.reporting import formatting
 from tasks.reporting.figures import block_of
 from tasks.reporting.formatting import listed, megabytes, number, percent, perplexity, ratio, rise, setting, times
 from tasks.reporting.inputs import Manifest, Run
-from tasks.reporting.notes import alarms, notes
+from tasks.reporting.notes import NOISE, alarms, notes, timing_spread
 from tasks.reporting.plots import Plot, layer_sparsity, losses, perplexity_bytes, sensitivity
 
 METHODS = {
@@ -101,9 +101,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     for text, before in list(first.figures.perplexity.items())[:2]:
         now = last.figures.perplexity[text]
         tiles.append((f"Perplexity, {text}", perplexity(now), ratio(now, before)))
-    rate = last.speed.decode_tokens_per_second
-    tiles.append(("Decoding", f"{number(rate)} tokens/s", ratio(rate, first.speed.decode_tokens_per_second)))
     told = [(label, figure, f"{times(share)} of dense") for label, figure, share in tiles]
+    rate = last.speed.decode_tokens_per_second
+    share = times(rate / first.speed.decode_tokens_per_second)
+    remark = "too noisy to compare" if timing_spread(run) > NOISE else f"{share} of dense"
+    told.append(("Decoding", f"{number(rate)} tokens/s", remark))
     now, before = last.figures.forget.loss, run["quantized"].figures.forget.loss
     forgot = number(rise(now, before), 2, sign=True)
     return [*told, ("Loss on the text to forget", number(now, 2), f"{forgot} nats by unlearning")]

@@ -109,9 +109,10 @@ def test_half_written_file_is_not_seen(pruned: Checkpoint, tmp_path: Path, monke
         raise Killed
 
     target = tmp_path / "new"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", dying)
-        write(pruned, target)
+        with pytest.raises(Killed):
+            write(pruned, target)
     assert (target / f"{OUTER}.part").read_bytes() == b"half"
     assert not (target / OUTER).exists()
     write(pruned, target).finish(pruned.depth, lineage(pruned))
@@ -126,9 +127,11 @@ def test_killed_while_writing_the_manifest(pruned: Checkpoint, tmp_path: Path, m
         write_text(path, text)
 
     target = tmp_path / "new"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    writer = write(pruned, target)
+    with monkeypatch.context() as patch:
         patch.setattr("compression.core.checkpoint.write_text", dying)
-        write(pruned, target).finish(pruned.depth, lineage(pruned))
+        with pytest.raises(Killed):
+            writer.finish(pruned.depth, lineage(pruned))
     write(pruned, target).finish(pruned.depth, lineage(pruned))
     assert hashes(target) == hashes(pruned.folder)
 

@@ -103,4 +103,4 @@ def test_no_hook_stays_after_an_error() -> None:
 
     with pytest.raises(ZeroDivisionError):
         walk_in_step(2, lambda _: block(torch.ones(1, 2)), dict(block.named_children()), lambda *_: None, fail)
-    assert block(torch.ones(1, 2)).tolist() == [[1.0, 1.0]]
+    assert not any(layer._forward_pre_hooks for layer in block.children())

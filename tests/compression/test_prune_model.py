@@ -57,9 +57,7 @@ def test_equals_pruning_layer_by_layer(
         layer: reference.wanda(dense.get_parameter(f"{layer}.weight"), reference.inputs_of(dense, layer, ids), HALF)
         for layer in layers
     }
-    assert (
-        differing(ours, two_pass) > 3e-3
-    )  # inputs of the dense model give other masks: the figure above says something
+    assert differing(ours, two_pass) > 3e-3  # with inputs of the dense model: the figure above says something
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -1,0 +1,187 @@
+"""Retraining on disk: the loss falls, only what was freed moves, and the mask stays."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.errors import Problem
+from compression.core.masks import revived
+from compression.pruning import magnitude
+from compression.pruning.pattern import Unstructured
+from compression.retraining import METHODS
+from compression.retraining import run as retraining
+from compression.training.loop import Recipe
+from tests import tiny
+from tests.compression.helpers import (
+    CPU,
+    Killed,
+    all_masks,
+    all_tensors,
+    hashes,
+    journal,
+    lineage,
+    prune,
+    walked_logits,
+    whole_logits,
+)
+from tests.conftest import Make
+
+OPTIONS = {"rank": 4, "alpha": 8.0, "biases": True, "norms": True, "seed": 3}
+RECIPE = Recipe(steps=25, learning_rate=5e-3, warmup=0.1, clip=1.0)
+NAMES = [name for name in METHODS if name != "none"]
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    return tiny.encode(tiny.sentences(1, 120))
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory, imported: Make, ids: Tensor) -> Checkpoint:
+    """An OPT, which has biases, pruned hard by magnitude: there is something to mend."""
+    folder = tmp_path_factory.mktemp("retraining") / "opt"
+    return prune(imported("opt"), folder, magnitude, Unstructured(0.7), ids)
+
+
+def retrain(
+    source: Checkpoint,
+    target: Path,
+    text: Tensor,
+    method: str = "mask_lora",
+    dtype: torch.dtype = torch.float32,
+    recipe: Recipe = RECIPE,
+    **options: Any,
+) -> tuple[Checkpoint, dict[str, Any]]:
+    writer = CheckpointWriter(target, source.folder)
+    record = retraining.retrain_model(
+        source,
+        writer,
+        journal(target),
+        import_module(METHODS[method]),
+        OPTIONS | options,
+        recipe,
+        text,
+        4,
+        CPU,
+        dtype,
+    )
+    writer.finish(source.depth, lineage(source))
+    return Checkpoint(target), record
+
+
+def loss(folder: Path, ids: Tensor) -> float:
+    logits = whole_logits(folder, ids)[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_falls_and_the_mask_stays(
+    method: str, dtype: torch.dtype, opt: Checkpoint, tmp_path: Path, text: Tensor, ids: Tensor
+) -> None:
+    retrained, record = retrain(opt, tmp_path / "retrained", text, method, dtype)
+    assert len(record["losses"]) == 25
+    assert sum(record["losses"][-5:]) / 5 < record["losses"][0] - 0.1
+    assert loss(retrained.folder, ids) < loss(opt.folder, ids) - 0.1  # on text that it was not trained on, from disk
+    before, after, keep = all_tensors(opt), all_tensors(retrained), all_masks(retrained)
+    assert {layer: mask.tolist() for layer, mask in keep.items()} == {
+        layer: mask.tolist() for layer, mask in all_masks(opt).items()
+    }
+    assert all(revived(after[f"{layer}.weight"], mask) == 0 for layer, mask in keep.items())
+    assert {name: (t.dtype, t.shape) for name, t in after.items()} == {
+        name: (t.dtype, t.shape) for name, t in before.items()
+    }
+    for name in before:
+        freed = name.endswith(".bias") or "norm" in name
+        adapted = method == "mask_lora" and name.removesuffix(".weight") in keep
+        if freed or adapted:
+            assert not torch.equal(after[name], before[name]), f"{name} did not learn"
+        else:
+            assert torch.equal(after[name], before[name]), f"{name} was not to move"
+
+
+def test_record_counts_what_learned(opt: Checkpoint, tmp_path: Path, text: Tensor) -> None:
+    short = Recipe(steps=1, learning_rate=1e-3, warmup=0.0, clip=1.0)
+    _, record = retrain(opt, tmp_path / "a", text, "mask_lora", recipe=short)
+    tensors = all_tensors(opt)
+    adapters = sum(OPTIONS["rank"] * (rows + width) for rows, width in opt.layers.values())
+    vectors = sum(t.numel() for name, t in tensors.items() if t.ndim == 1)
+    assert record["trainable_parameters"] == adapters + vectors
+    assert record["trainable_share"] == record["trainable_parameters"] / sum(t.numel() for t in tensors.values())
+    assert record["stopped"] == "all steps taken"
+    _, record = retrain(opt, tmp_path / "b", text, "subset", recipe=short, norms=False)
+    assert record["trainable_parameters"] == sum(t.numel() for n, t in tensors.items() if n.endswith(".bias"))
+
+
+def test_kept_zero_may_move(opt: Checkpoint, tmp_path: Path, text: Tensor) -> None:
+    """A weight that is zero by chance is not pruned: the mask is what counts."""
+    layer = "model.decoder.layers.1.fc1"
+    writer = CheckpointWriter(tmp_path / "zeroed", opt.folder)
+    writer.write_outer(opt.outer())
+    for index in range(opt.depth):
+        tensors, keep = opt.block(index), opt.block_masks(index, opt.masks())
+        if index == 1:
+            tensors[f"{layer}.weight"][:] = 0
+        writer.write_block(index, tensors, keep)
+    writer.finish(opt.depth, lineage(opt))
+    retrained, _ = retrain(Checkpoint(tmp_path / "zeroed"), tmp_path / "retrained", text)
+    weight, mask = all_tensors(retrained)[f"{layer}.weight"], all_masks(retrained)[layer]
+    assert (weight[mask] != 0).any()
+    assert (weight[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_killed_and_resumed_gives_the_same_bytes(
+    method: str, opt: Checkpoint, tmp_path: Path, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, record = retrain(opt, tmp_path / "straight", text, method)
+    calls: list[int] = []
+    inner = retraining.next_token_loss
+
+    def dying(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 17:
+            raise Killed
+        return inner(*arguments)
+
+    monkeypatch.setattr(retraining, "next_token_loss", dying)
+    with pytest.raises(Killed):
+        retrain(opt, tmp_path / "killed", text, method)
+    resumed, again = retrain(opt, tmp_path / "killed", text, method)
+    assert hashes(resumed.folder) == hashes(straight.folder)
+    assert again == record
+    assert len(calls) == 17 + 15  # it went on at step 10
+
+
+def test_other_seed_other_bytes(opt: Checkpoint, tmp_path: Path, text: Tensor) -> None:
+    one, _ = retrain(opt, tmp_path / "one", text, seed=1)
+    two, _ = retrain(opt, tmp_path / "two", text, seed=2)
+    assert hashes(one.folder)["block-00001.safetensors"] != hashes(two.folder)["block-00001.safetensors"]
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_every_causal_family(family: str, imported: Make, tmp_path: Path, text: Tensor, ids: Tensor) -> None:
+    pruned = prune(imported(family), tmp_path / "pruned", magnitude, Unstructured(0.6), ids)
+    recipe = Recipe(steps=6, learning_rate=5e-3, warmup=0.1, clip=1.0)
+    retrained, record = retrain(pruned, tmp_path / "retrained", text, recipe=recipe)
+    assert record["losses"][-1] < record["losses"][0]
+    assert all_tensors(retrained).keys() == all_tensors(pruned).keys()  # a tied head is still not stored
+    torch.testing.assert_close(
+        walked_logits(retrained.folder, ids), whole_logits(retrained.folder, ids), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_nothing_to_train_is_said(pruned: Checkpoint, tmp_path: Path, text: Tensor) -> None:
+    with pytest.raises(Problem, match="nothing to train"):  # a llama has no biases
+        retrain(pruned, tmp_path / "x", text, "subset", norms=False)
+
+
+def test_dense_model_needs_no_mask_for_norms(imported: Make, tmp_path: Path, text: Tensor) -> None:
+    retrained, record = retrain(Checkpoint(imported("llama")), tmp_path / "x", text, "mask_lora")
+    assert record["trainable_parameters"] == 7 * 32  # the norms: no mask, no adapter
+    assert "masks.safetensors" not in hashes(retrained.folder)
