@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from compression.core.checkpoint import CheckpointWriter
 from compression.core.device import DTYPES
@@ -83,7 +85,8 @@ def _write(
 
 
 def _stored_names(model: nn.Module, names: set[str]) -> dict[str, str]:
-    """Name in the model -> name in the file; files may or may not carry the base model's prefix.
+    """Name in the model -> name in the file; files may use a family's older names, and may or may not carry the
+    base model's prefix.
 
     Raises:
         Problem: a weight of the architecture is not in the file.
@@ -92,14 +95,16 @@ def _stored_names(model: nn.Module, names: set[str]) -> dict[str, str]:
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     prefix = f"{model.base_model_prefix}."
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    today = {apply_renamings(name, renamings): name for name in sorted(names)}
     found, missing = {}, []
     for name in model.state_dict():
         if name in tied:
             continue
         candidates = [name, name.removeprefix(prefix), prefix + name]
-        match = next((candidate for candidate in candidates if candidate in names), None)
+        match = next((candidate for candidate in candidates if candidate in today), None)
         if match:
-            found[name] = match
+            found[name] = today[match]
         else:
             missing.append(name)
     if missing:

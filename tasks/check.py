@@ -46,6 +46,7 @@ def problems(document: dict[str, Any], layers: dict[str, list[int]]) -> Iterator
         except Problem as problem:
             yield problem
     for rule in RULES:
+        # A rule says by the types of its arguments which sections it needs; `layers` and the result come last.
         needed = list(rule.__annotations__.values())[:-2]
         if all(model in sections for model in needed):
             yield from rule(*(sections[model] for model in needed), layers)

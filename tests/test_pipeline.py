@@ -207,3 +207,21 @@ def test_a_bad_override_stops_before_any_work(workspace: Path, params: None) -> 
     failed = run(workspace, sys.executable, "-m", "tasks.check", check=False)
     assert failed.returncode == 1
     assert "128 does not divide the 576 inputs" in failed.stderr
+
+
+def test_two_clean_runs_give_the_same_bytes(workspace: Path) -> None:
+    """Everything but the timings and the report that shows them: models, masks, statistics, quality figures."""
+    before = output_hashes(workspace)
+    shutil.rmtree(workspace / ".work", ignore_errors=True)
+    run(workspace, "dvc", "repro", "--force")
+    after = output_hashes(workspace)
+    timed = {name for name in before if name.startswith("speed@") or name == "report"}
+    assert {name: hashes for name, hashes in after.items() if name not in timed} == {
+        name: hashes for name, hashes in before.items() if name not in timed
+    }
+
+
+def output_hashes(workspace: Path) -> dict[str, list[str]]:
+    """Hashes of every stage's outputs, as dvc.lock has them."""
+    lock = yaml.safe_load((workspace / "dvc.lock").read_text(encoding="utf-8"))
+    return {name: [out["md5"] for out in stage["outs"]] for name, stage in lock["stages"].items()}

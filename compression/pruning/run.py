@@ -66,6 +66,9 @@ def prune_model(
                     prune(layer, None)
         else:
             walk.through(index, method.STATISTIC, prune)
+        missed = [layer for layer in source.layers if f"{layer}.weight" in tensors and layer not in keep]
+        if missed:
+            raise Problem(missed[0], "no calibration token came by, so it cannot be pruned by its input")
         writer.write_block(index, tensors, keep)
         journal.save(index + 1, {} if walk is None else {"hidden": walk.hidden})
 

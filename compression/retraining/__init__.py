@@ -2,8 +2,8 @@
 
 A method's module has
     attach(model, keep, options) -> (parameters, merge)
-which makes the model ready to learn: `parameters` by name are what is trained, and `merge()` gives, by layer,
-the weights that have changed otherwise than through a parameter of that very name.
+which makes the model ready to learn: `parameters` by name are what is trained, and `merge(stored)` gives the
+tensors that have changed otherwise than through a parameter of that very name.
 """
 
 METHODS = {

@@ -25,4 +25,8 @@ def attach(
     parameters = free(model, biases=options["biases"], norms=options["norms"])
     for name, layer in layers.items():
         parameters |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
-    return parameters, lambda: {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+
+    def merge(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{name}.weight": layer.merged(stored[f"{name}.weight"]) for name, layer in layers.items()}
+
+    return parameters, merge

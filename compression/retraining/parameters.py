@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-Merge = Callable[[], dict[str, Tensor]]
+# Given the model's tensors as they are stored, by full name, the changed ones.
+Merge = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def free(model: nn.Module, *, biases: bool, norms: bool) -> dict[str, nn.Parameter]:

@@ -61,7 +61,7 @@ def retrain_model(
         return value, {"loss": value.item()}
 
     curves, stopped = train(parameters, loss, recipe, journal, "retrain", sequences * ids.shape[1])
-    changed = {name: parameter.detach() for name, parameter in parameters.items() if name in tensors} | merge()
+    changed = {name: parameter.detach() for name, parameter in parameters.items() if name in tensors} | merge(tensors)
     tensors |= {name: tensor.to("cpu", stored[name]) for name, tensor in changed.items()}
     write_whole(source, writer, tensors, keep)
     count = sum(parameter.numel() for parameter in parameters.values())

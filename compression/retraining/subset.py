@@ -19,4 +19,4 @@ def attach(
     Returns:
         the freed parameters, and a merge with nothing to do.
     """
-    return free(model, biases=options["biases"], norms=options["norms"]), dict
+    return free(model, biases=options["biases"], norms=options["norms"]), lambda _: {}

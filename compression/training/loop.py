@@ -54,7 +54,7 @@ def train(
         the figures of all steps, by name, and why training ended.
 
     Raises:
-        Problem: the loss is not finite.
+        Problem: the loss or its gradient is not finite.
     """
     masters = {name: nn.Parameter(own.detach().float().clone()) for name, own in parameters.items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=0.0, weight_decay=0.0)
@@ -81,7 +81,9 @@ def train(
             own = parameters[name]
             master.grad = torch.zeros_like(master) if own.grad is None else own.grad.float()
             own.grad = None
-        nn.utils.clip_grad_norm_(masters.values(), recipe.clip)
+        norm = nn.utils.clip_grad_norm_(masters.values(), recipe.clip)
+        if not norm.isfinite():
+            raise Problem(what, f"the gradient is {norm.item()} at step {step}", "lower the learning rate")
         optimizer.param_groups[0]["lr"] = recipe.rate(step)
         optimizer.step()
         _copy_back(masters, parameters)

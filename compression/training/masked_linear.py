@@ -78,16 +78,22 @@ class MaskedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
-    def effective(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        """W' [out, in], in `dtype`."""
+    def effective(self, A: Tensor, B: Tensor, dtype: torch.dtype, stored: Tensor | None = None) -> Tensor:
+        """W' [out, in], in `dtype`; `stored` is W if not the copy that the layer computes with."""
         update = (B.to(dtype) @ A.to(dtype)).mul_(self.scaling).mul_(self.keep)
-        weight = update.add_(self.weight.to(dtype))
+        weight = update.add_((self.weight if stored is None else stored).to(dtype))
         return weight if self.grid is None else self.grid.values(self.grid.codes(weight)).to(dtype)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """W' [out, in] in the type of W: exactly what the forward pass multiplies with in that type."""
-        return self.effective(self.A, self.B, self.weight.dtype)
+    def merged(self, stored: Tensor | None = None) -> Tensor:
+        """W' [out, in]: exactly what the forward pass multiplies with.
+
+        Args:
+            stored: W as it is stored, if that is finer than what the layer computes with: a float32 model
+                trained in bfloat16 keeps what the update does not touch.
+        """
+        weight = self.weight if stored is None else stored.to(self.weight.device)
+        return self.effective(self.A, self.B, weight.dtype, weight)
 
 
 def attach(

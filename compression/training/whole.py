@@ -6,13 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.errors import Problem
 from compression.core.progress import progress
 from compression.core.skeleton import empty_model
 
 
 def load_whole(folder: Path, tensors: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """The model that config.json describes with `tensors` as its weights, by full name; nothing is trained yet."""
+    """The model that config.json describes with `tensors` as its weights, by full name; nothing is trained yet.
+
+    Raises:
+        Problem: the model does not predict the next token, which is what training is about.
+    """
     model = empty_model(folder)
+    if not model.can_generate():  # type: ignore[operator]
+        raise Problem(type(model).__name__, "an encoder cannot be trained on next-token loss", "valid: method none")
     model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.to(device).requires_grad_(False)

@@ -111,7 +111,7 @@ def _write(
             stored |= pack(name, codes, grid)
         else:
             before = stored[f"{name}.weight"]
-            stored[f"{name}.weight"] = merged.to(before.dtype)
+            stored[f"{name}.weight"] = layer.merged(before).cpu()
             changed += int((stored[f"{name}.weight"] != before).sum())
     write_whole(source, writer, stored, keep)
     return changed / total

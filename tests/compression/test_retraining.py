@@ -185,3 +185,20 @@ def test_dense_model_needs_no_mask_for_norms(imported: Make, tmp_path: Path, tex
     retrained, record = retrain(Checkpoint(imported("llama")), tmp_path / "x", text, "mask_lora")
     assert record["trainable_parameters"] == 7 * 32  # the norms: no mask, no adapter
     assert "masks.safetensors" not in hashes(retrained.folder)
+
+
+def test_a_float32_model_keeps_its_precision_when_trained_in_bfloat16(
+    opt: Checkpoint, tmp_path: Path, text: Tensor
+) -> None:
+    """What an update did not touch is not rounded to the type in which it was computed."""
+    still = Recipe(steps=1, learning_rate=1e-12, warmup=0.0, clip=1.0)
+    retrained, _ = retrain(opt, tmp_path / "retrained", text, "mask_lora", torch.bfloat16, still)
+    before, after = all_tensors(opt), all_tensors(retrained)
+    for layer in opt.layers:
+        assert torch.equal(before[f"{layer}.weight"], after[f"{layer}.weight"]), layer
+
+
+def test_an_encoder_is_refused(imported: Make, tmp_path: Path, text: Tensor, ids: Tensor) -> None:
+    bert = prune(imported("bert"), tmp_path / "bert", magnitude, Unstructured(0.5), ids)
+    with pytest.raises(Problem, match="an encoder cannot be trained"):
+        retrain(bert, tmp_path / "retrained", text)
