@@ -163,7 +163,9 @@ def test_dvc_shows_the_metrics_and_the_plots(workspace: Path) -> None:
     shown = json.loads(run(workspace, "dvc", "metrics", "show", "--json").stdout)
     (data,) = (entry["data"] for entry in shown[""]["data"].values())
     assert data == metrics(workspace)
-    assert "perplexity_bytes" in run(workspace, "dvc", "plots", "show", "--json").stdout
+    plots = json.loads(run(workspace, "dvc", "plots", "show", "--json").stdout)["data"]
+    assert "Perplexity against size" in plots
+    assert all(plot[0]["content"]["data"]["values"] for plot in plots.values()), "a plot without points"
 
 
 def test_a_stage_killed_half_way_goes_on_and_ends_with_the_same_bytes(workspace: Path) -> None:
