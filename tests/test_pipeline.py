@@ -14,15 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.checkpoints import CHECKPOINTS
 from tests.imports import ROOT
-
-CHECKPOINTS = {
-    "dense": "model",
-    "pruned": "pruned",
-    "retrained": "retrained",
-    "quantized": "quantized",
-    "unlearned": "unlearned",
-}
 
 SMALL: dict[str, dict[str, Any]] = {
     "calibrate": {"sequences": 2, "length": 128},

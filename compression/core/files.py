@@ -48,10 +48,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file whole or not at all."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda draft: save_file(ready, draft, metadata={"format": "pt"} | (metadata or {})))
+    write_atomically(path, lambda draft: save_file(ready, draft, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:

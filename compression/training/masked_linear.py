@@ -86,7 +86,7 @@ class MaskedLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self, stored: Tensor | None = None) -> Tensor:
-        """W' [out, in]: exactly what the forward pass multiplies with.
+        """W' [out, in], in the type of `stored`; in that of the layer it is exactly what the forward pass used.
 
         Args:
             stored: W as it is stored, if that is finer than what the layer computes with: a float32 model

@@ -100,11 +100,10 @@ def _write(
     """Writes the updated weights; returns the share of weights that changed."""
     changed = total = 0
     for name, layer in layers.items():
-        merged = layer.merged().cpu()
-        total += merged.numel()
+        total += layer.weight.numel()
         if name in grids:
             before, grid = unpack(name, stored, grids[name].bits)
-            codes = grid.codes(merged)
+            codes = grid.codes(layer.merged().cpu())
             if name in keep:
                 masks.prove(name, codes, keep[name])
             changed += int((codes != before).sum())
