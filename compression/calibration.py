@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from compression.core import batches
 from compression.core.journal import Journal
 from compression.core.progress import progress
 from compression.core.skeleton import Skeleton, linears
 from compression.statistics import InputNorms
-
-BATCH_TOKENS = 4096
 
 
 @torch.no_grad()
@@ -21,8 +20,8 @@ def input_norms(skeleton: Skeleton, ids: Tensor, journal: Journal) -> dict[str, 
     Returns:
         float32 [in] by layer name: ||X_j||_2.
     """
-    batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
-    begun = torch.cat([skeleton.begin(batch) for batch in batches])
+    parts = batches.split(ids, skeleton.device)
+    begun = torch.cat([skeleton.begin(batch) for batch in parts])
     finished, state = journal.load()
     hidden = state.pop("hidden", begun).to(skeleton.device)
     norms = state
@@ -31,7 +30,7 @@ def input_norms(skeleton: Skeleton, ids: Tensor, journal: Journal) -> dict[str, 
         layers = linears(skeleton.load(index), f"{skeleton.path}.{index}")
         seen = {name: InputNorms(layer.in_features, skeleton.device) for name, layer in layers.items()}
         hooks = [layer.register_forward_pre_hook(_watch(seen[name])) for name, layer in layers.items()]
-        for states, batch in zip(hidden.split(len(batches[0])), batches, strict=True):
+        for states, batch in zip(hidden.split(len(parts[0])), parts, strict=True):
             states.copy_(skeleton.run(index, states, batch))
         for hook in hooks:
             hook.remove()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ROWS = 2048  # tokens at a time: the float32 copy stays in the processor's cache
+ROWS = 256  # tokens at a time: the float32 copy stays in the processor's cache
 
 
 class InputNorms:

@@ -19,7 +19,7 @@ def unpack(bits: Tensor, width: int) -> Tensor:
 
 def revived(weight: Tensor, keep: Tensor) -> int:
     """How many pruned weights are not zero: the ledger's figure, which has to be 0."""
-    return int((weight.ne(0) & ~keep.to(weight.device)).sum())
+    return int((weight.ne(0) & ~keep.to(weight.device)).count_nonzero())
 
 
 def prove(layer: str, weight: Tensor, keep: Tensor) -> None:

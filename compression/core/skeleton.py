@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from compression.core import attention
 from compression.core.errors import Problem
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -97,6 +98,8 @@ class Skeleton:
         dtype: torch.dtype,
     ) -> None:
         self.model = empty_model(folder)
+        if self.model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+            self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
         self.device, self.dtype = device, dtype
         self.path = find_blocks(self.model)
         self._block = block

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compression.core import batches
 from compression.core.progress import progress
 from compression.core.skeleton import Skeleton
 
-BATCH_TOKENS = 4096
 HEAD_TOKENS = 1024  # logits are vocabulary times as large as ids: as few at a time as keep the matrix unit busy
 
 
@@ -22,17 +22,17 @@ def token_losses(skeleton: Skeleton, texts: dict[str, Tensor]) -> dict[str, Tens
         float32 [N, T - 1] by name: -log p(token | the tokens before it in its sequence), in nats. A sequence's
         figures do not depend on which others it is evaluated with.
     """
-    batches = {name: ids.split(max(1, BATCH_TOKENS // ids.shape[1])) for name, ids in texts.items()}
-    hidden = {name: [skeleton.begin(ids) for ids in parts] for name, parts in batches.items()}
+    split = {name: batches.split(ids, skeleton.device) for name, ids in texts.items()}
+    hidden = {name: [skeleton.begin(ids) for ids in parts] for name, parts in split.items()}
     for index in progress(range(skeleton.depth), what="evaluate", unit="block"):
         skeleton.load(index)
-        for name, parts in batches.items():
+        for name, parts in split.items():
             for part, ids in enumerate(parts):
                 hidden[name][part] = skeleton.run(index, hidden[name][part], ids)
         skeleton.release(index)
     return {
         name: torch.cat([head_losses(skeleton, states, ids) for states, ids in zip(hidden[name], parts, strict=True)])
-        for name, parts in batches.items()
+        for name, parts in split.items()
     }
 
 

@@ -33,17 +33,20 @@ def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
 
 def _lowest(score: Tensor, counts: Tensor) -> Tensor:
     """bool like `score` [n, m]: the `counts[i]` lowest of row i, the earlier column first among equals."""
-    counts = counts.to(score.device)
+    counts = counts.to(score.device, torch.int32)
     threshold = _threshold(score, counts)
-    below = score < threshold
-    level = score == threshold
-    missing = counts[:, None] - below.sum(1, keepdim=True)
-    return below | (level & (level.cumsum(1, dtype=torch.int32) <= missing))
+    low = score <= threshold
+    tied = (low.sum(1, dtype=torch.int32) > counts).nonzero().flatten()  # rows where the last rank is shared
+    if len(tied):
+        below, level = score[tied] < threshold[tied], score[tied] == threshold[tied]
+        missing = counts[tied] - below.sum(1, dtype=torch.int32)
+        low[tied] = below | (level & (level.cumsum(1, dtype=torch.int32) <= missing[:, None]))
+    return low
 
 
 def _threshold(score: Tensor, counts: Tensor) -> Tensor:
     """The counts[i]-th lowest value of each row, [n, 1]; -inf where the count is 0."""
-    ranks = (counts - 1).clamp(min=0)
+    ranks = (counts - 1).clamp(min=0).long()
     if score.device.type == "cpu":
         # A partial sort: about a seventh of the time of torch.kthvalue on rows of 576.
         needed = sorted(set(ranks.tolist()))

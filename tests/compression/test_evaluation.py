@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compression.core import batches
 from compression.core.checkpoint import MASKS, Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.evaluation import loss
@@ -40,7 +41,7 @@ def test_equals_the_whole_models_loss(imported: Make, ids: Tensor) -> None:
 def test_batches_do_not_matter(tokens: int, imported: Make, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"long": ids, "short": ids[:3, :20], "one": ids[:1]}
     expected = token_losses(make_skeleton(imported("opt")), texts)
-    monkeypatch.setattr(loss, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(batches, "CPU_TOKENS", tokens)
     monkeypatch.setattr(loss, "HEAD_TOKENS", tokens)
     split = token_losses(make_skeleton(imported("opt")), texts)
     for name, own in texts.items():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compression.core import batches
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.files import sha256, write_tensors
@@ -94,14 +95,14 @@ def test_weights_keep_their_stored_type(original: Make, tmp_path: Path, ids: Ten
 def test_batch_split_does_not_matter(
     tokens: int, pruned: Checkpoint, imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(batches, "CPU_TOKENS", tokens)
     split = prune(imported("llama"), tmp_path / "split", wanda, HALF, ids)
     assert differing(all_masks(split), all_masks(pruned)) < 1e-3
 
 
 def test_uneven_last_batch(imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prune(imported("llama"), tmp_path / "whole", wanda, HALF, ids[:5])
-    monkeypatch.setattr(run, "BATCH_TOKENS", 2 * ids.shape[1])
+    monkeypatch.setattr(batches, "CPU_TOKENS", 2 * ids.shape[1])
     split = prune(imported("llama"), tmp_path / "split", wanda, HALF, ids[:5])
     assert differing(all_masks(split), all_masks(whole)) < 1e-3
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression import calibration
 from compression.calibration import input_norms
+from compression.core import batches
 from compression.core.checkpoint import Checkpoint
 from compression.core.journal import Journal
 from compression.core.skeleton import Skeleton
@@ -94,7 +94,7 @@ def test_norms_are_those_of_the_whole_model(family: str, imported: Make, tmp_pat
 
 def test_norms_in_any_batch_split(imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = input_norms(make_skeleton(imported("opt")), ids[:5], Journal(tmp_path / "whole"))
-    monkeypatch.setattr(calibration, "BATCH_TOKENS", 2 * ids.shape[1])
+    monkeypatch.setattr(batches, "CPU_TOKENS", 2 * ids.shape[1])
     split = input_norms(make_skeleton(imported("opt")), ids[:5], Journal(tmp_path / "split"))
     for layer, own in whole.items():
         torch.testing.assert_close(split[layer], own, rtol=1e-5, atol=1e-5)

@@ -28,9 +28,11 @@ def test_block_sharded_folder_loads_in_transformers(family: str, original: Make,
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bert"])
 def test_walk_in_bfloat16(family: str, imported: Make, ids: Tensor) -> None:
+    """No further from float32 than transformers' own bfloat16."""
     walked = walked_logits(imported(family), ids, torch.bfloat16)
     assert walked.dtype == torch.bfloat16
-    torch.testing.assert_close(walked, whole_logits(imported(family), ids, torch.bfloat16), rtol=0.02, atol=0.05)
+    exact, usual = whole_logits(imported(family), ids), whole_logits(imported(family), ids, torch.bfloat16)
+    assert (walked - exact).abs().mean() < 1.2 * (usual - exact).abs().mean()
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
