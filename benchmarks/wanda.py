@@ -37,6 +37,7 @@ def ours(sequences: int, folder: Path) -> None:
     from compression.core.device import pick_dtype
     from compression.core.journal import Journal
     from compression.pruning import wanda
+    from compression.pruning.method import Settings
     from compression.pruning.pattern import Unstructured
     from compression.pruning.run import prune_model
     from tasks.core.passing import lineage
@@ -44,7 +45,8 @@ def ours(sequences: int, folder: Path) -> None:
     source, device = Checkpoint(DATA / "model"), torch.device("cpu")
     writer = CheckpointWriter(folder, source.folder)
     ids, dtype = calibration(sequences), pick_dtype("auto", device)
-    prune_model(source, writer, Journal(folder.with_name("journal")), wanda, Unstructured(SPARSITY), ids, device, dtype)
+    patterns = dict.fromkeys(source.layers, Unstructured(SPARSITY))
+    prune_model(source, writer, Journal(folder.with_name("journal")), wanda, patterns, Settings(), ids, device, dtype)
     writer.finish(source.depth, lineage(source))
 
 

@@ -1,9 +1,16 @@
 """What a layer's input looks like: statistics that are summed up batch by batch."""
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from compression.core.errors import Problem
+
 ROWS = 256  # tokens at a time: the float32 copy stays in the processor's cache
+CHUNK = 1024  # tokens a product of `Gram`
+PANELS = 4  # strips of columns in which the upper half of a product is computed
 
 
 class InputNorms:
@@ -30,3 +37,127 @@ class InputNorms:
     def norms(self) -> Tensor:
         """float32 [in]: the l2 norm over the tokens, ||X_j||_2."""
         return self.squares.sqrt().float()
+
+
+class Factor(NamedTuple):
+    """H = X^T X / tokens + lambda I, ready for OBS.
+
+    Attributes:
+        upper: U float32 [in, in], upper triangular, H^-1 = U^T U.
+        dead: bool [in], inputs that were zero on every token; H has a one on their diagonal.
+        damping: lambda, as a share of the mean of the diagonal, with which H could be factored.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+
+class Scaled(NamedTuple):
+    """H with a unit diagonal, G = S^-1 H S^-1: S [in], G [in, in], its eigenvalues [in] and -vectors [in, in]."""
+
+    scale: Tensor
+    matrix: Tensor
+    values: Tensor
+    vectors: Tensor
+
+
+class Gram:
+    """X^T X over all tokens seen.
+
+    Tokens are added CHUNK at a time, wherever batches begin and end, so the split into batches does not move one
+    bit. bfloat16 inputs are multiplied as they are, at the speed of the matrix unit, with sums in float32 inside a
+    product; each product comes out rounded to bfloat16, and these roundings average out over the chunks, which are
+    added in float32. Only the upper half is computed.
+
+    Attributes:
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(width, width, device=device)
+        self._held: list[Tensor] = []
+        self.factor = cache(self._factor)  # layers that share an input share what is made of it
+        self.scaled = cache(self._scaled)
+
+    def update(self, inputs: Tensor) -> None:
+        """Adds inputs [..., in]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += len(rows)
+        while len(rows):
+            room = CHUNK - sum(len(part) for part in self._held)
+            part, rows = rows[:room], rows[room:]
+            if len(part) == CHUNK:
+                self._add(part)
+                continue
+            self._held.append(part.clone())
+            if len(part) == room:
+                self._flush()
+
+    def matrix(self) -> Tensor:
+        """float32 [in, in]: X^T X / tokens, symmetric."""
+        self._flush()
+        upper = self._sum.triu() / self.tokens
+        return upper + upper.triu(1).T
+
+    def norms(self) -> Tensor:
+        """float32 [in]: the l2 norm over the tokens, ||X_j||_2."""
+        self._flush()
+        return self._sum.diagonal().clamp(min=0).sqrt()
+
+    def error(self, weight: Tensor, changed: Tensor) -> float:
+        """||X (W - W')^T||^2 / ||X W^T||^2 of weights [out, in]: how much of a layer's output has gone wrong."""
+        matrix, whole = self.matrix(), weight.float()
+        lost = whole - changed.float()
+        total = ((whole @ matrix) * whole).sum().item()
+        return ((lost @ matrix) * lost).sum().item() / total if total > 0 else 0.0
+
+    def _factor(self, damping: float) -> Factor:
+        """See Factor. Damping is raised tenfold until H can be factored.
+
+        Raises:
+            Problem: it cannot even with a damping of 1.
+        """
+        matrix, dead = self._alive()
+        mean = matrix.diagonal().mean()
+        while damping <= 1:
+            damped = matrix.clone()
+            damped.diagonal().add_(damping * mean)
+            # H = R R^T with R upper triangular is the Cholesky factor of H turned round, and U = R^-1.
+            lower, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if not fault:
+                one = torch.eye(len(matrix), device=matrix.device)
+                upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+                if upper.isfinite().all():
+                    return Factor(upper, dead, damping)
+            damping = max(10 * damping, 1e-4)
+        raise Problem("X^T X", "cannot be factored", "raise prune.damping, or look whether the inputs are sound")
+
+    def _scaled(self, damping: float) -> Scaled:
+        """See Scaled."""
+        matrix, _ = self._alive()
+        matrix.diagonal().add_(damping * matrix.diagonal().mean())
+        scale = matrix.diagonal().sqrt()
+        unit = matrix / scale / scale[:, None]
+        values, vectors = torch.linalg.eigh(unit)
+        return Scaled(scale, unit, values.clamp(min=0), vectors)
+
+    def _alive(self) -> tuple[Tensor, Tensor]:
+        matrix = self.matrix()
+        dead = matrix.diagonal() == 0
+        matrix.diagonal()[dead] = 1
+        return matrix, dead
+
+    def _flush(self) -> None:
+        if self._held:
+            self._add(torch.cat(self._held))
+            self._held.clear()
+
+    def _add(self, rows: Tensor) -> None:
+        fast = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+        rows = rows if fast else rows.float()
+        width = rows.shape[1]
+        for start in range(0, width, -(-width // PANELS)):
+            panel = slice(start, start + -(-width // PANELS))
+            self._sum[panel, start:] += rows[:, panel].T @ rows[:, start:]

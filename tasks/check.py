@@ -3,9 +3,11 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from compression.core.errors import Problem
+from compression.pruning import METHODS
 from compression.pruning.pattern import check_width, make_pattern
 from compression.quantization.bits import check_group_size
 from tasks.core.paths import DATA
@@ -57,11 +59,24 @@ def pattern_fits(prune: Prune, layers: dict[str, list[int]]) -> Iterator[Problem
     if prune.method == "none":
         return
     try:
-        pattern = make_pattern(prune.pattern, prune.sparsity, prune.scope == "row")
+        pattern = make_pattern(prune.pattern, prune.sparsity, "row" if prune.scope == "auto" else prune.scope)
         for layer, (_, width) in layers.items():
             check_width(pattern, layer, width)
     except Problem as problem:
         yield problem
+
+
+def scope_suits_method(prune: Prune, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """The scope is one that the method knows."""
+    if prune.method == "none" or prune.scope == "auto":
+        return
+    valid = import_module(METHODS[prune.method]).SCOPES
+    if prune.scope not in valid:
+        yield Problem(
+            f"{PARAMS}: prune.scope",
+            f"`{prune.scope}` is not for {prune.method}",
+            "valid: " + ", ".join(["auto", *valid]),
+        )
 
 
 def groups_fit(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
@@ -135,7 +150,7 @@ def text_suffices(
 
 
 RULES: list[Callable[..., Iterator[Problem]]] = [
-    pattern_fits, groups_fit, ranking_exists, adapters_have_masks, text_suffices,
+    pattern_fits, scope_suits_method, groups_fit, ranking_exists, adapters_have_masks, text_suffices,
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
 from compression.pruning import METHODS
+from compression.pruning.method import Settings
 from compression.pruning.pattern import make_pattern
 from compression.pruning.run import prune_model
 from tasks.core.entry import run_stage
@@ -31,10 +32,21 @@ def main() -> None:
         ids = torch.empty(0, 0, dtype=torch.int64)
     else:
         ids = read_sequences("calibration", params.sequences, params.length, "params.yaml: prune.sequences")
-    pattern = make_pattern(params.pattern, params.sparsity, params.scope == "row")
+    scope = method.SCOPES[0] if params.scope == "auto" else params.scope
+    pattern = make_pattern(params.pattern, params.sparsity, scope)
     writer = CheckpointWriter(folder, source.folder)
-    prune_model(source, writer, Journal(stage.work / "journal"), method, pattern, ids, stage.device, stage.dtype)
-    writer.finish(source.depth, lineage(source) | stage.record(params))
+    ledger = prune_model(
+        source,
+        writer,
+        Journal(stage.work / "journal"),
+        method,
+        dict.fromkeys(source.layers, pattern),
+        Settings(params.damping, params.columns, params.choose, params.iterations),
+        ids,
+        stage.device,
+        stage.dtype,
+    )
+    writer.finish(source.depth, lineage(source) | stage.record(params) | {"pruning": ledger})
     stage.publish(folder)
 
 

@@ -1,23 +1,27 @@
 """Magnitude pruning: the smallest |W| go (Han et al. 2015, arXiv 1506.02626)."""
 
+import torch
 from torch import Tensor
 
+from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import Pattern
 from compression.pruning.select import keep_highest
 
 STATISTIC = None
+SCOPES = ("layer", "row")
 
 
-def prune(weight: Tensor, statistic: None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, statistic: None, pattern: Pattern, settings: Settings) -> Pruned:
     """Drops the smallest absolute values.
 
     Args:
         weight: W [out, in], any floating type.
         statistic: not used.
         pattern: what the mask has to satisfy.
-
-    Returns:
-        W with the dropped entries at zero, and the mask bool [out, in].
+        settings: `before`, in iterative pruning: the mask so far.
     """
-    keep = keep_highest(weight.abs().float(), pattern)
-    return weight * keep, keep
+    score = weight.abs().float()
+    if settings.before is not None:
+        score = torch.where(settings.before.to(score.device), score, -1.0)
+    keep = keep_highest(score, pattern)
+    return Pruned(weight * keep, keep)

@@ -2,16 +2,27 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from compression.core.errors import Problem
+
+Scope = Literal["row", "layer", "columns", "adaptive"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weight may go. `per_row`: the same share in every output row; else one ranking for the layer."""
+    """Any weight may go.
+
+    Attributes:
+        sparsity: share of the layer's weights that go; their number is exact.
+        scope: among which weights the lowest are sought. `row`: the same share in every output row; `layer`: one
+            ranking for all; `columns`: within each block of columns (only by methods that go by columns);
+            `adaptive`: each row drops the same share of its summed scores (Wanda's variant, arXiv 2306.11695).
+    """
 
     sparsity: float
-    per_row: bool = True
+    scope: Scope = "row"
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def make_pattern(text: str, sparsity: float, per_row: bool) -> Pattern:
+def make_pattern(text: str, sparsity: float, scope: Scope) -> Pattern:
     """The pattern that params.yaml describes.
 
     Raises:
@@ -51,7 +62,7 @@ def make_pattern(text: str, sparsity: float, per_row: bool) -> Pattern:
     """
     parsed = parse_pattern(text)
     if parsed is None:
-        return Unstructured(sparsity, per_row)
+        return Unstructured(sparsity, scope)
     pattern = NofM(*parsed)
     if abs(pattern.sparsity - sparsity) > 1e-9:
         raise Problem(

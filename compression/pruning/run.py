@@ -1,5 +1,7 @@
 """Prunes a model on disk block by block, each layer as soon as its input is known."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +15,11 @@ from compression.core.journal import Journal
 from compression.core.progress import progress
 from compression.core.skeleton import Skeleton, linears
 from compression.lockstep import walk_in_step
+from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import Pattern, check_width
+
+Ledger = dict[str, dict[str, float]]
+NOTE = "note/"
 
 
 @torch.no_grad()
@@ -22,24 +28,32 @@ def prune_model(
     writer: CheckpointWriter,
     journal: Journal,
     method: ModuleType,
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
+    settings: Settings,
     ids: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-) -> None:
+) -> Ledger:
     """Writes the pruned blocks of `source` to `writer`, going on behind the journal's last block.
 
     Args:
         method: a module of compression.pruning.METHODS.
+        patterns: what the mask of each linear in the blocks has to satisfy, by layer.
+        settings: see there; a mask that `source` already has is filled in as `before`.
         ids: calibration tokens int64 [N, T]; not looked at by a method without STATISTIC.
         dtype: type of the forward pass; weights are pruned and written in the type in which they are stored.
+
+    Returns:
+        what the method noted, by layer and name.
 
     Raises:
         Problem: a width that the pattern cannot divide, or weights or inputs that are not finite, by layer.
     """
     for layer, (_, width) in source.layers.items():
-        check_width(pattern, layer, width)
+        check_width(patterns[layer], layer, width)
     finished, state = journal.load()
+    ledger = _unpack(state)
+    before = source.masks()
     outer = source.outer()
     writer.write_outer(outer)
 
@@ -49,15 +63,18 @@ def prune_model(
     blocks = range(finished, source.depth)
     for index in progress(blocks, what="prune", unit="block", total=source.depth, done=finished):
         tensors = source.block(index)
+        masks = source.block_masks(index, before)
         keep: dict[str, Tensor] = {}
 
-        def prune(layer: str, statistic: Any, tensors: dict[str, Tensor] = tensors, keep: Any = keep) -> Tensor:
+        def prune(layer: str, statistic: Any, tensors: Any = tensors, masks: Any = masks, keep: Any = keep) -> Tensor:
             weight = tensors[f"{layer}.weight"].to(device)
-            if not (weight.float().sum().isfinite() or weight.isfinite().all()):  # a sum tells in a tenth of the time
+            # A sum tells in a tenth of the time; only if it is not finite is each weight looked at.
+            if not (weight.float().sum().isfinite() or weight.isfinite().all()):
                 raise Problem(f"{layer}.weight", "holds NaN or infinite values", "is the model file whole?")
-            pruned, mask = method.prune(weight, statistic, pattern)
-            tensors[f"{layer}.weight"], keep[layer] = pruned.cpu(), mask.cpu()
-            return pruned
+            done: Pruned = method.prune(weight, statistic, patterns[layer], replace(settings, before=masks.get(layer)))
+            tensors[f"{layer}.weight"], keep[layer] = done.weight.cpu(), done.keep.cpu()
+            ledger[layer] = done.notes
+            return done.weight
 
         if walk is None:
             for layer in source.layers:
@@ -69,7 +86,26 @@ def prune_model(
         if missed:
             raise Problem(missed[0], "no calibration token came by, so it cannot be pruned by its input")
         writer.write_block(index, tensors, keep)
-        journal.save(index + 1, {} if walk is None else {"hidden": walk.hidden})
+        journal.save(index + 1, _pack(ledger) | ({} if walk is None else {"hidden": walk.hidden}))
+    return ledger
+
+
+def _pack(ledger: Ledger) -> dict[str, Tensor]:
+    """A ledger as a journal holds it: a number a tensor."""
+    return {
+        f"{NOTE}{layer}/{name}": torch.tensor(value, dtype=torch.float64)
+        for layer, notes in ledger.items()
+        for name, value in notes.items()
+    }
+
+
+def _unpack(state: dict[str, Tensor]) -> Ledger:
+    ledger: Ledger = {}
+    for key, value in state.items():
+        if key.startswith(NOTE):
+            layer, name = key.removeprefix(NOTE).split("/")
+            ledger.setdefault(layer, {})[name] = value.item()
+    return ledger
 
 
 class _Walk:

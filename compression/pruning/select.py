@@ -13,7 +13,7 @@ def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
     Args:
         score: float32 [out, in], finite.
         pattern: what has to hold. Unstructured drops exactly round(sparsity * out * in) weights in all; with
-            `per_row` the counts of any two rows differ by at most one.
+            scope `row` the counts of any two rows differ by at most one.
 
     Returns:
         bool [out, in], True where the weight stays.
@@ -24,7 +24,9 @@ def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
         drops = torch.full((len(groups),), pattern.of - pattern.keep)
         return ~_lowest(groups, drops).reshape(rows, width)
     total = round(pattern.sparsity * rows * width)
-    if not pattern.per_row:
+    if pattern.scope == "adaptive":
+        score = _cumulated(score)
+    if pattern.scope != "row":
         return ~_lowest(score.reshape(1, -1), torch.tensor([total])).reshape(rows, width)
     # Row r drops what the first r + 1 rows owe together less what the first r have paid: exact in sum.
     owed = torch.arange(rows + 1) * total // rows
@@ -42,6 +44,14 @@ def _lowest(score: Tensor, counts: Tensor) -> Tensor:
         missing = counts[tied] - below.sum(1, dtype=torch.int32)
         low[tied] = below | (level & (level.cumsum(1, dtype=torch.int32) <= missing[:, None]))
     return low
+
+
+def _cumulated(score: Tensor) -> Tensor:
+    """The share of its row's total that each entry [out, in] and all lower ones make up: the row's own ranking."""
+    order = score.sort(dim=1, stable=True)
+    shares = order.values.double().cumsum(1)
+    shares /= shares[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(shares).scatter_(1, order.indices, shares)
 
 
 def _threshold(score: Tensor, counts: Tensor) -> Tensor:

@@ -2,23 +2,29 @@
 
 from torch import Tensor
 
+from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import Pattern
 from compression.pruning.select import keep_highest
-from compression.statistics import InputNorms
+from compression.statistics import Gram, InputNorms
 
 STATISTIC = InputNorms
+SCOPES = ("row", "layer", "adaptive")
 
 
-def prune(weight: Tensor, statistic: InputNorms, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Drops the lowest scores S_ij = |W_ij| * ||X_j||_2; the weights that stay are not changed.
+def score(weight: Tensor, statistic: InputNorms | Gram) -> Tensor:
+    """S_ij = |W_ij| * ||X_j||_2, float32 [out, in]."""
+    return weight.abs().float() * statistic.norms()
+
+
+def prune(weight: Tensor, statistic: InputNorms, pattern: Pattern, settings: Settings) -> Pruned:
+    """Drops the lowest scores; the weights that stay are not changed.
 
     Args:
         weight: W [out, in], any floating type.
         statistic: norms of the layer's inputs X over the calibration tokens.
-        pattern: what the mask has to satisfy; the paper compares within one output row.
-
-    Returns:
-        W with the dropped entries at zero, and the mask bool [out, in].
+        pattern: what the mask has to satisfy; the paper compares within one output row, and its variant
+            `adaptive` lets rows differ.
+        settings: not used.
     """
-    keep = keep_highest(weight.abs().float() * statistic.norms(), pattern)
-    return weight * keep, keep
+    keep = keep_highest(score(weight, statistic), pattern)
+    return Pruned(weight * keep, keep)

@@ -32,3 +32,9 @@ class Grid:
 
     def _grouped(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(len(matrix), self.scale.shape[1], -1)
+
+
+def spanning_scale(largest: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """max|W| / (2^(b-1) - 1/2) in the stored type: the scale whose grid spans weights of up to `largest`; 1 for 0."""
+    scale = (largest / (2 ** (bits - 1) - 0.5)).to(dtype)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,9 +1,8 @@
 """Round to nearest: the grid spans each group's largest weight, every weight goes to its nearest point."""
 
-import torch
 from torch import Tensor
 
-from compression.quantization.grid import Grid
+from compression.quantization.grid import Grid, spanning_scale
 
 
 def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Grid]:
@@ -19,6 +18,5 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Grid]:
         nothing but zeros gets scale 1.
     """
     largest = weight.float().reshape(len(weight), -1, group_size).abs().amax(-1)
-    scale = (largest / (2 ** (bits - 1) - 0.5)).to(weight.dtype)
-    grid = Grid(bits, torch.where(scale > 0, scale, torch.ones_like(scale)))
+    grid = Grid(bits, spanning_scale(largest, bits, weight.dtype))
     return grid.codes(weight), grid

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from compression.pruning.pattern import parse_pattern
 from tasks.params.base import Section
@@ -11,12 +11,16 @@ from tasks.params.base import Section
 class Prune(Section):
     section: ClassVar[str] = "prune"
 
-    method: Literal["magnitude", "wanda", "none"]
+    method: Literal["magnitude", "wanda", "sparsegpt", "magnitude_obs", "wanda_obs", "alps", "none"]
     sparsity: Annotated[float, Field(ge=0, lt=1)]
     pattern: str
-    scope: Literal["row", "layer"]
+    scope: Literal["auto", "row", "layer", "columns", "adaptive"]
     sequences: PositiveInt
     length: PositiveInt
+    damping: PositiveFloat
+    columns: PositiveInt
+    choose: Literal["layer", "columns"]
+    iterations: PositiveInt
 
     @field_validator("pattern")
     @classmethod

@@ -13,6 +13,7 @@ from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
 from compression.core.skeleton import Skeleton
+from compression.pruning.method import Settings
 from compression.pruning.pattern import Pattern
 from compression.pruning.run import prune_model
 from compression.quantization import rtn
@@ -37,11 +38,13 @@ def prune(
     pattern: Pattern,
     ids: Tensor,
     dtype: torch.dtype = torch.float32,
+    settings: Settings | None = None,
 ) -> Checkpoint:
     """Prunes `source` into `target`, with its journal beside it."""
     checkpoint = Checkpoint(source)
     writer = CheckpointWriter(target, source)
-    prune_model(checkpoint, writer, journal(target), method, pattern, ids, CPU, dtype)
+    patterns = dict.fromkeys(checkpoint.layers, pattern)
+    prune_model(checkpoint, writer, journal(target), method, patterns, settings or Settings(), ids, CPU, dtype)
     writer.finish(checkpoint.depth, lineage(checkpoint))
     return Checkpoint(target)
 

@@ -15,6 +15,7 @@ from compression.core.errors import Problem
 from compression.core.files import sha256, write_tensors
 from compression.importing import import_model
 from compression.pruning import METHODS, run, wanda
+from compression.pruning.method import Settings
 from compression.pruning.pattern import NofM, Unstructured
 from tests import tiny
 from tests.compression.helpers import (
@@ -34,7 +35,7 @@ from tests.conftest import Make
 from tests.reference import pruning as reference
 
 HALF = Unstructured(0.5)
-every_method = pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+every_method = pytest.mark.parametrize("method", ["magnitude", "wanda"])
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -211,7 +212,9 @@ def test_journal_of_a_finished_run_does_nothing_again(imported: Make, tmp_path: 
     straight = prune(imported("opt"), tmp_path / "straight", wanda, HALF, ids)
     source, target = Checkpoint(imported("opt")), tmp_path / "resumed"
     writer = CheckpointWriter(target, source.folder)
-    run.prune_model(source, writer, journal(target), wanda, HALF, ids, CPU, torch.float32)
+    run.prune_model(
+        source, writer, journal(target), wanda, dict.fromkeys(source.layers, HALF), Settings(), ids, CPU, torch.float32
+    )
     calls: list[int] = []
     resumed = prune(imported("opt"), target, spy(wanda, calls), HALF, ids)
     assert calls == []

@@ -25,7 +25,7 @@ def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
             for start in range(0, width, pattern.of):
                 group = sorted(range(start, start + pattern.of), key=lambda column: (table[row][column], column))
                 keep[row, group[: pattern.of - pattern.keep]] = False
-    elif pattern.per_row:
+    elif pattern.scope == "row":
         for row, count in enumerate(row_counts(rows, width, pattern.sparsity)):
             keep[row, sorted(range(width), key=lambda column: (table[row][column], column))[:count]] = False
     else:
