@@ -3,19 +3,23 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
 from compression.core.errors import Problem
 from compression.pruning import METHODS
-from compression.pruning.pattern import check_width, make_pattern
+from compression.pruning.allocation import check_rule, reachable_budget
+from compression.pruning.pattern import NofM, check_width, make_pattern, parse_pattern
 from compression.quantization.bits import check_group_size
 from tasks.core.paths import DATA
+from tasks.params.allocate import Allocate, dense_layers
 from tasks.params.base import PARAMS, Section, load, nearest, read
 from tasks.params.calibrate import Calibrate
 from tasks.params.compute import Compute
 from tasks.params.corpora import Corpora, Text
 from tasks.params.evaluate import Evaluate
+from tasks.params.imp import MODEL, Imp, folder
 from tasks.params.model import Model
 from tasks.params.prune import Prune
 from tasks.params.quantize import Quantize
@@ -24,8 +28,10 @@ from tasks.params.sensitivity import Sensitivity
 from tasks.params.speed import Speed
 from tasks.params.unlearn import Unlearn
 
+ROUNDING = ("sparsegpt", "magnitude_obs", "wanda_obs")  # pruning methods that can round in the same pass
+
 SECTIONS: list[type[Section]] = [
-    Compute, Model, Corpora, Calibrate, Sensitivity, Prune, Retrain, Quantize, Unlearn, Evaluate, Speed,
+    Compute, Model, Corpora, Calibrate, Sensitivity, Allocate, Imp, Prune, Retrain, Quantize, Unlearn, Evaluate, Speed,
 ]  # fmt: skip
 
 
@@ -79,6 +85,144 @@ def scope_suits_method(prune: Prune, layers: dict[str, list[int]]) -> Iterator[P
         )
 
 
+def cycles_grow(imp: Imp, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Each cycle starts from the model or an earlier cycle, and drops more than that one."""
+    earlier = {MODEL: 0.0}
+    for name, cycle in imp.cycles.items():
+        if cycle.source not in earlier:
+            yield Problem(
+                f"{PARAMS}: imp.cycles.{name}.source",
+                f"`{cycle.source}` is neither the model nor an earlier cycle",
+                "valid: " + ", ".join(earlier),
+            )
+        elif cycle.sparsity <= earlier[cycle.source]:
+            yield Problem(
+                f"{PARAMS}: imp.cycles.{name}.sparsity",
+                f"{cycle.sparsity} is not above the {earlier[cycle.source]} of {cycle.source}, where it starts",
+                f"valid: above {earlier[cycle.source]}, below 1",
+            )
+        earlier[folder(name)] = cycle.sparsity
+
+
+def pruning_goes_on(prune: Prune, imp: Imp, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Pruning starts from the model or a cycle of `imp`, and then keeps that cycle's mask."""
+    checkpoints = imp.checkpoints()
+    if prune.source not in checkpoints:
+        yield Problem(
+            f"{PARAMS}: prune.source",
+            f"`{prune.source}` is neither the model nor a cycle of `imp`",
+            "valid: " + ", ".join(checkpoints),
+        )
+    elif prune.source != MODEL and prune.method != "none":
+        least = checkpoints[prune.source]
+        # Rows and groups have counts of their own, and a cycle may have dropped more.
+        for key, valid in {
+            "method": ["magnitude", "none"],
+            "pattern": ["unstructured"],
+            "scope": ["auto", "layer"],
+        }.items():
+            if (value := getattr(prune, key)) not in valid:
+                yield Problem(
+                    f"{PARAMS}: prune.{key}",
+                    f"`{value}` does not go on with the mask of {prune.source}",
+                    "valid: " + ", ".join(valid),
+                )
+        if prune.sparsity < least:
+            yield Problem(
+                f"{PARAMS}: prune.sparsity",
+                f"{prune.sparsity} is below the {least} of {prune.source}",
+                f"valid: from {least}, below 1",
+            )
+
+
+def dense_layers_exist(allocate: Allocate, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Every pattern for dense layers matches one."""
+    for pattern in allocate.dense if layers else []:
+        try:
+            dense_layers([pattern], layers)
+        except Problem as problem:
+            yield problem
+
+
+def allocation_fits(allocate: Allocate, prune: Prune, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """N:M is dealt out evenly, any other pattern within bounds that leave a way to the sparsity."""
+    if prune.method == "none":
+        return
+    try:
+        if parsed := parse_pattern(prune.pattern):
+            check_rule(allocate.rule, NofM(*parsed))
+        else:
+            dense = [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in allocate.dense)]
+            sizes = {layer: rows * width for layer, (rows, width) in layers.items()}
+            reachable_budget(sizes, prune.sparsity, allocate.low, allocate.high, dense)
+    except Problem as problem:
+        yield problem
+
+
+def allocation_has_scores(
+    allocate: Allocate, prune: Prune, sensitivity: Sensitivity, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """Sparsity is not dealt out by a column that the sensitivity stage does not fill."""
+    if prune.method != "none" and allocate.rule == "pmpq" and sensitivity.method == "none":
+        yield Problem(
+            f"{PARAMS}: allocate.rule",
+            "`pmpq` goes by the blocks' sensitivity, but sensitivity.method is `none`",
+            "set sensitivity.method to pmpq, or allocate.rule to uniform, owl or global",
+        )
+
+
+def allocation_keeps_mask(allocate: Allocate, prune: Prune, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Behind a cycle of `imp`, which drops the same share everywhere, no layer gets weights back."""
+    if prune.source == MODEL or prune.method == "none":
+        return
+    for key, value, valid in (("rule", allocate.rule, "uniform"), ("dense", allocate.dense, [])):
+        if value != valid:
+            yield Problem(
+                f"{PARAMS}: allocate.{key}", f"`{value}` does not keep the mask of {prune.source}", f"valid: {valid}"
+            )
+
+
+def rounding_suits_method(prune: Prune, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """The method can round as it prunes, and the groups of that grid divide every width."""
+    if prune.bits is None or prune.method == "none":
+        return
+    if prune.method not in ROUNDING:
+        able = ", ".join(ROUNDING)
+        yield Problem(f"{PARAMS}: prune.bits", f"{prune.method} does not round", f"valid: null, or a method of {able}")
+    if prune.columns % prune.group_size:
+        yield Problem(
+            f"{PARAMS}: prune.group_size",
+            f"{prune.group_size} does not divide prune.columns, {prune.columns}",
+            "valid: a divisor of it",
+        )
+    try:
+        check_group_size(layers, prune.group_size, "prune.group_size")
+    except Problem as problem:
+        yield problem
+
+
+def grid_is_passed_on(
+    prune: Prune, retrain: Retrain, quantize: Quantize, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """Method `given` finds a grid, just as pruning has left it."""
+    if quantize.method != "given":
+        return
+    if prune.bits is None or prune.method not in ROUNDING:
+        yield Problem(
+            f"{PARAMS}: quantize.method", "`given` is the grid of prune.bits, but there is none", "valid: rtn"
+        )
+        return
+    for key, value, valid in (
+        ("retrain.method", retrain.method, ("none", "subset")),  # any other moves weights off the grid
+        ("quantize.bits", quantize.bits, (prune.bits,)),
+        ("quantize.group_size", quantize.group_size, (prune.group_size,)),
+        ("quantize.sensitive_share", quantize.sensitive_share, (0.0,)),
+    ):
+        if value not in valid:
+            listed = ", ".join(map(str, valid))
+            yield Problem(f"{PARAMS}: {key}", f"{value} does not keep the grid of prune.bits", f"valid: {listed}")
+
+
 def groups_fit(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
     """The group size divides every width."""
     if quantize.method == "none":
@@ -102,7 +246,7 @@ def ranking_exists(quantize: Quantize, sensitivity: Sensitivity, layers: dict[st
 
 def adapters_have_masks(prune: Prune, retrain: Retrain, layers: dict[str, list[int]]) -> Iterator[Problem]:
     """MaskLoRA has a mask to learn under."""
-    if prune.method == "none" and retrain.method == "mask_lora":
+    if prune.method == "none" and prune.source == MODEL and retrain.method == "mask_lora":
         yield Problem(
             f"{PARAMS}: retrain.method",
             "mask_lora trains under the pruning mask, but prune.method is `none`",
@@ -114,6 +258,7 @@ def text_suffices(
     corpora: Corpora,
     calibrate: Calibrate,
     sensitivity: Sensitivity,
+    imp: Imp,
     prune: Prune,
     retrain: Retrain,
     unlearn: Unlearn,
@@ -130,6 +275,7 @@ def text_suffices(
             sensitivity.sequences * sensitivity.length,
         ),
         ("prune.sequences", "calibration", corpora.calibration, prune.sequences * prune.length),
+        ("imp.retrain.length", "training", corpora.training, imp.retrain.length if imp.cycles else 0),
         ("retrain.length", "training", corpora.training, retrain.length),
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
         ("unlearn.length", "training", corpora.training, unlearn.length),
@@ -150,7 +296,9 @@ def text_suffices(
 
 
 RULES: list[Callable[..., Iterator[Problem]]] = [
-    pattern_fits, scope_suits_method, groups_fit, ranking_exists, adapters_have_masks, text_suffices,
+    pattern_fits, scope_suits_method, rounding_suits_method, grid_is_passed_on, dense_layers_exist, allocation_fits,
+    allocation_has_scores, allocation_keeps_mask, cycles_grow, pruning_goes_on, groups_fit, ranking_exists,
+    adapters_have_masks, text_suffices,
 ]  # fmt: skip
 
 

@@ -1,14 +1,18 @@
 """Stage prune: drop weights block by block, and store the mask."""
 
 from importlib import import_module
+from pathlib import Path
 
+import pandas as pd
 import torch
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.pruning import METHODS
+from compression.pruning.allocation import layer_pattern
 from compression.pruning.method import Settings
-from compression.pruning.pattern import make_pattern
+from compression.pruning.pattern import Pattern, make_pattern
 from compression.pruning.run import prune_model
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
@@ -18,12 +22,15 @@ from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.prune import Prune
 
+ALLOCATION = DATA / "allocation" / "allocation.csv"
+
 
 def main() -> None:
     params = read(Prune)
     method = import_module(METHODS[params.method])
-    stage = open_stage("prune", DATA / "pruned", [DATA / "model", corpus_file("calibration")], params)
-    source = Checkpoint(DATA / "model")
+    inputs = [Path(params.source), corpus_file("calibration"), ALLOCATION]
+    stage = open_stage("prune", DATA / "pruned", inputs, params)
+    source = Checkpoint(Path(params.source))
     folder = stage.work / "checkpoint"
     if params.method == "none":
         pass_through(source, folder, stage.record(params))
@@ -40,14 +47,25 @@ def main() -> None:
         writer,
         Journal(stage.work / "journal"),
         method,
-        dict.fromkeys(source.layers, pattern),
-        Settings(params.damping, params.columns, params.choose, params.iterations),
+        _patterns(pattern, source),
+        Settings(params.damping, params.columns, params.choose, params.iterations, params.bits, params.group_size),
         ids,
         stage.device,
         stage.dtype,
     )
     writer.finish(source.depth, lineage(source) | stage.record(params) | {"pruning": ledger})
     stage.publish(folder)
+
+
+def _patterns(pattern: Pattern, source: Checkpoint) -> dict[str, Pattern]:
+    """The pattern of each layer, as stage allocate has dealt them out."""
+    table = pd.read_csv(ALLOCATION, index_col="layer")
+    if list(table.index) != list(source.layers):
+        raise Problem(str(ALLOCATION), "is not about the layers of this model", "run stage allocate again")
+    return {
+        layer: layer_pattern(pattern, int(dropped), int(weights))
+        for layer, dropped, weights in zip(table.index, table["dropped"], table["weights"], strict=True)
+    }
 
 
 if __name__ == "__main__":

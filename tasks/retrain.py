@@ -1,6 +1,9 @@
 """Stage retrain: PERP, a few parameters learn and the mask stays."""
 
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
@@ -10,7 +13,7 @@ from compression.training.loop import Recipe
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
-from tasks.core.stage import open_stage
+from tasks.core.stage import Stage, open_stage
 from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.retrain import Retrain
@@ -20,11 +23,29 @@ def main() -> None:
     params = read(Retrain)
     method = import_module(METHODS[params.method])
     stage = open_stage("retrain", DATA / "retrained", [DATA / "pruned", corpus_file("training")], params)
-    source = Checkpoint(DATA / "pruned")
     folder = stage.work / "checkpoint"
+    retrain(stage, Checkpoint(DATA / "pruned"), folder, method, params, stage.record(params), "retrain")
+    stage.publish(folder)
+
+
+def retrain(
+    stage: Stage,
+    source: Checkpoint,
+    folder: Path,
+    method: ModuleType,
+    params: Retrain,
+    record: dict[str, Any],
+    section: str,
+) -> None:
+    """Writes `source` to `folder`, retrained as `params` says.
+
+    Args:
+        method: the module of `params.method`, loaded before the stage was opened.
+        record: what the manifest says beside lineage and training.
+        section: where params.yaml has `params`.
+    """
     if params.method == "none":
-        pass_through(source, folder, stage.record(params))
-        return stage.publish(folder)
+        return pass_through(source, folder, record)
     writer = CheckpointWriter(folder, source.folder)
     training = retrain_model(
         source,
@@ -33,13 +54,12 @@ def main() -> None:
         method,
         params.model_dump(include={"rank", "alpha", "biases", "norms", "seed"}),
         Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
-        read_sequences("training", None, params.length, "params.yaml: retrain.length"),
+        read_sequences("training", None, params.length, f"params.yaml: {section}.length"),
         params.sequences,
         stage.device,
         stage.dtype,
     )
-    writer.finish(source.depth, lineage(source) | stage.record(params) | {"training": training})
-    stage.publish(folder)
+    writer.finish(source.depth, lineage(source) | record | {"training": training})
 
 
 if __name__ == "__main__":

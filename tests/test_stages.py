@@ -1,5 +1,6 @@
 """dvc.yaml against the code: every dependency declared, so that no cache is ever stale."""
 
+import ast
 import importlib
 from typing import Any
 
@@ -11,11 +12,17 @@ from tests.imports import ROOT, needed_files
 # stage -> package that holds its methods, whose name params.yaml gives
 METHODS = {
     "sensitivity": "compression.sensitivity",
+    "allocate": "compression.pruning",
+    "imp": "compression.retraining",
     "prune": "compression.pruning",
     "retrain": "compression.retraining",
     "quantize": "compression.quantization",
     "unlearn": "compression.unlearning",
 }
+# stage -> its section, where it is not called like the stage
+SECTIONS = {"download": "model", "corpus": "corpora", "imp": "imp.retrain"}
+# stage -> the section that names its method, where it is another stage's
+NAMED_IN = {"allocate": "prune"}
 STAGES = ["download", "corpus", "calibrate", *METHODS, "evaluate", "speed", "report"]
 CASES = [
     (stage, method)
@@ -30,9 +37,14 @@ def stages() -> dict[str, Any]:
     return {name: stage.get("do", stage) for name, stage in document.items()}
 
 
+def method_section(name: str) -> str:
+    """The section of params.yaml that names a stage's method."""
+    return NAMED_IN.get(name) or SECTIONS.get(name, name)
+
+
 def declared(stage: dict[str, Any], name: str, method: str | None) -> list[str]:
     """Code dependencies of a stage, the method filled in."""
-    deps = [dep.replace(f"${{{name}.method}}", method or "") for dep in stage["deps"]]
+    deps = [dep.replace(f"${{{method_section(name)}.method}}", method or "") for dep in stage["deps"]]
     return [dep for dep in deps if dep.startswith(("compression", "tasks"))]
 
 
@@ -71,15 +83,25 @@ def test_every_method_is_one_file_one_line_one_value(name: str) -> None:
     for method, module in registry.items():
         assert module == f"{package}.{method}"
         assert (ROOT / f"{module.replace('.', '/')}.py").exists()
-    section = importlib.import_module(f"tasks.params.{name}")
-    schema = getattr(section, name.capitalize()).model_json_schema()
+    section = method_section(name).rpartition(".")[2]
+    params = importlib.import_module(f"tasks.params.{section}")
+    schema = getattr(params, section.capitalize()).model_json_schema()
     assert set(schema["properties"]["method"]["enum"]) == set(registry)
 
 
 def test_a_stage_declares_the_section_it_reads(stages: dict[str, Any]) -> None:
     for name, stage in stages.items():
-        sections = {"download": "model", "corpus": "corpora"}
         if name != "report":
-            assert sections.get(name, name) in stage["params"]
+            assert SECTIONS.get(name, name) in stage["params"]
             computes = "tasks/core" in stage["deps"]
             assert ("compute" in stage["params"]) == computes
+
+
+def test_allocate_declares_just_the_keys_of_prune_that_it_reads(stages: dict[str, Any]) -> None:
+    code = ast.parse((ROOT / "tasks" / "allocate.py").read_text(encoding="utf-8"))
+    read = {
+        f"prune.{node.attr}"
+        for node in ast.walk(code)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "prune"
+    }
+    assert {"allocate", *read} == set(stages["allocate"]["params"])

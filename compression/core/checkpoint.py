@@ -5,6 +5,7 @@
     outer.safetensors                     embeddings, final norm, head: all that is in no block
     block-00000.safetensors ...           one decoder or encoder block each
     masks.safetensors                     once pruned: packed bits, one tensor a layer
+    scales.safetensors                    if pruned on to a grid and still there: its scales, one tensor a layer
     manifest.json                         where it comes from, and the hash of every file above
 
 `AutoModelForCausalLM.from_pretrained(folder)` loads it as it is. One file a block lets a stage stream, and
@@ -26,6 +27,7 @@ from compression.core.files import read_tensors, sha256, write_tensors, write_te
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 MASKS = "masks.safetensors"
+SCALES = "scales.safetensors"
 OUTER = "outer.safetensors"
 
 
@@ -71,6 +73,10 @@ class Checkpoint:
         """Packed masks uint8 [out, ceil(in / 8)] by layer name; empty for a dense checkpoint."""
         return self._read(MASKS) if MASKS in self.manifest["files"] else {}
 
+    def scales(self) -> dict[str, Tensor]:
+        """Scales [out, in / group_size] of the grid on which pruning left the weights, by layer; empty if on none."""
+        return self._read(SCALES) if SCALES in self.manifest["files"] else {}
+
     def block_masks(self, index: int, packed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masks bool [out, in] of one block's layers, out of what `masks()` gave."""
         prefix = f"{self.blocks}.{index}."
@@ -104,19 +110,28 @@ class CheckpointWriter:
     def write_outer(self, tensors: dict[str, Tensor]) -> None:
         write_tensors(self.folder / OUTER, tensors)
 
-    def write_block(self, index: int, tensors: dict[str, Tensor], keep: dict[str, Tensor] | None = None) -> None:
+    def write_block(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        keep: dict[str, Tensor] | None = None,
+        scales: dict[str, Tensor] | None = None,
+    ) -> None:
         """Writes one block.
 
         Args:
             tensors: by full name, in the type in which they are stored.
             keep: masks bool [out, in] by layer name. Where the block holds the plain weight of such a layer
                 it is proven here; a packed weight is proven by who packs it.
+            scales: of the grid on which the weights of these layers lie.
         """
         for layer, mask in (keep or {}).items():
             if (weight := tensors.get(f"{layer}.weight")) is not None:
                 masks.prove(layer, weight, mask)
         if keep:
-            write_tensors(self._mask_part(index), {layer: masks.pack(mask) for layer, mask in keep.items()})
+            write_tensors(self._part(MASKS, index), {layer: masks.pack(mask) for layer, mask in keep.items()})
+        if scales:
+            write_tensors(self._part(SCALES, index), scales)
         write_tensors(self.folder / block_file(index), tensors)
 
     def link(self, source: Checkpoint, name: str) -> None:
@@ -129,18 +144,19 @@ class CheckpointWriter:
             shutil.copyfile(source.folder / name, target)
 
     def finish(self, depth: int, record: dict[str, Any], config: dict[str, Any] | None = None) -> None:
-        """Joins the masks, writes config, index and, last, the manifest with every file's hash.
+        """Joins masks and scales, writes config, index and, last, the manifest with every file's hash.
 
         Args:
             record: what else goes into the manifest; needs `blocks` and `layers`.
             config: replaces config.json when given.
         """
-        parts = [self._mask_part(index) for index in range(depth) if self._mask_part(index).exists()]
-        if parts:
-            joined: dict[str, Tensor] = {}
-            for part in parts:
-                joined |= read_tensors(part)
-            write_tensors(self.folder / MASKS, joined)
+        for name in (MASKS, SCALES):
+            parts = [self._part(name, index) for index in range(depth) if self._part(name, index).exists()]
+            if parts:
+                joined: dict[str, Tensor] = {}
+                for part in parts:
+                    joined |= read_tensors(part)
+                write_tensors(self.folder / name, joined)
         if config is not None:
             write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         weight_map, size = {}, 0
@@ -156,6 +172,6 @@ class CheckpointWriter:
         manifest = record | {"depth": depth, "files": files}
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
-    def _mask_part(self, index: int) -> Path:
+    def _part(self, name: str, index: int) -> Path:
         # Beside the folder, so that an interrupted run leaves no stranger among the checkpoint's files.
-        return self.folder.with_name(f"{self.folder.name}-mask-{index:05d}.safetensors")
+        return self.folder.with_name(f"{self.folder.name}-{index:05d}-{name}")

@@ -38,6 +38,7 @@ def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings)
     """
     scale, scaled, values, vectors = statistic.scaled(settings.damping)
     target = weight.float() * scale
+    target[:, statistic.norms() == 0] = 0  # dead inputs
     keep, steps = _support(target, scaled, values, vectors, pattern, settings.iterations)
     refitted = _refit(target, scaled, keep)
     pruned = (refitted / scale).to(weight.dtype) * keep
@@ -74,9 +75,11 @@ def _refit(target: Tensor, scaled: Tensor, keep: Tensor) -> Tensor:
     residual = ((target - found) @ scaled) * keep
     direction = residual.clone()
     length = residual.square().sum(1, keepdim=True)
+    enough = 1e-10 * length  # a row that is there makes no more steps: they would be rounding only
     for _ in range(REFIT):
         curved = (direction @ scaled) * keep
-        step = length / (direction * curved).sum(1, keepdim=True).clamp(min=1e-30)
+        bend = (direction * curved).sum(1, keepdim=True)
+        step = torch.where((length > enough) & (bend > 0), length / bend, 0.0)
         found += step * direction
         residual -= step * curved
         shorter = residual.square().sum(1, keepdim=True)

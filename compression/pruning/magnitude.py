@@ -21,7 +21,10 @@ def prune(weight: Tensor, statistic: None, pattern: Pattern, settings: Settings)
         settings: `before`, in iterative pruning: the mask so far.
     """
     score = weight.abs().float()
-    if settings.before is not None:
-        score = torch.where(settings.before.to(score.device), score, -1.0)
-    keep = keep_highest(score, pattern)
+    if settings.before is None:
+        keep = keep_highest(score, pattern)
+    else:
+        before = settings.before.to(score.device)
+        # Where the pattern drops less than the mask so far did, be it by rounding, that mask stands.
+        keep = keep_highest(torch.where(before, score, -1.0), pattern) & before
     return Pruned(weight * keep, keep)

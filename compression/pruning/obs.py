@@ -7,10 +7,12 @@ are matrix products, though every column sees all updates of those before it.
 """
 
 from collections.abc import Callable
+from math import gcd
 
 import torch
 from torch import Tensor
 
+from compression.core.errors import Problem
 from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import NofM, Pattern, Unstructured
 from compression.pruning.select import keep_highest
@@ -40,49 +42,73 @@ def sweep(
         keep: the mask, where it is chosen beforehand.
 
     Returns:
-        the layer, with notes: `damping` that was needed, and `error`, the share ||X (W - W')||^2 / ||X W||^2.
+        the layer, with notes: `damping` that was needed, and `error`, the share ||X (W - W')^T||^2 / ||X W^T||^2, which
+        is the sum of all e_j^2 by the energy of the dense layer (H damped above, not below).
+
+    Raises:
+        Problem: H cannot be factored, or groups of the grid do not fit blocks of columns.
     """
     factor = statistic.factor(settings.damping)
-    upper, (rows, width) = factor.upper, weight.shape
-    values = weight.float().T.contiguous()  # [in, out]: a column of W is a row here, and lies in one piece
+    upper, pivots, (rows, width) = factor.upper, factor.upper.diagonal(), weight.shape
+    # [in, out]: a column of W is a row here, and lies in one piece; a copy in any case, since it is worked on in place
+    values = weight.float().T.clone(memory_format=torch.contiguous_format)
     values[factor.dead] = 0
     kept = torch.ones_like(values, dtype=torch.bool) if keep is None else keep.T.contiguous()
     group = pattern.of if isinstance(pattern, NofM) else settings.columns
-    scales: list[Tensor] = []
     strip = -(-STRIP // group) * group if isinstance(pattern, NofM) else STRIP
     block = -(-settings.columns // strip) * strip if isinstance(pattern, NofM) else settings.columns
+    if settings.bits:
+        strip = gcd(strip, settings.group_size)  # a scale is set when all updates of its group are done
+        if settings.columns % settings.group_size or settings.group_size % getattr(pattern, "of", 1):
+            raise Problem(
+                "params.yaml: prune.group_size",
+                f"{settings.group_size} does not divide the {settings.columns} columns of a block, or the pattern it",
+                "valid: a divisor of prune.columns, for N:M a multiple of M",
+            )
     owed = _owed(pattern, rows, width, group)
+    scales: list[Tensor] = []
+    lost = 0.0
 
     for start in range(0, width, block):
         end = min(start + block, width)
         errors = torch.empty(end - start, rows, device=values.device)
         for first in range(start, end, strip):
             last = min(first + strip, end)
-            for column in range(first, last):
-                if keep is None and column % group == 0:
-                    inputs = slice(column, min(column + group, width))
+            for left in range(first, last, min(group, strip)):
+                right = min(left + min(group, strip), last)
+                if keep is None and left % group == 0:
+                    inputs = slice(left, min(left + group, width))
                     part = score(values[inputs].T, inputs)
-                    kept[inputs] = keep_highest(part, _share(pattern, part, owed, column // group)).T
-                if settings.bits and column % settings.group_size == 0:
-                    inputs = slice(column, column + settings.group_size)
-                    largest = (values[inputs] * kept[inputs]).abs().amax(0)
-                    scales.append(spanning_scale(largest, settings.bits, weight.dtype))
-                new = values[column] * kept[column]
-                if settings.bits:
-                    grid = Grid(settings.bits, scales[-1][:, None])
-                    new = grid.values(grid.codes(new[:, None]))[:, 0].float()
-                error = (values[column] - new).div_(upper[column, column])
-                values[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
-                values[column], errors[column - start] = new, error
+                    kept[inputs] = keep_highest(part, _share(pattern, part, owed, left // group)).T
+                gone = (~kept[left:right]).float() / pivots[left:right, None]
+                for column in range(left, right):
+                    error = errors[column - start]
+                    if settings.bits is None:
+                        torch.mul(values[column], gone[column - left], out=error)
+                    else:
+                        if column % settings.group_size == 0:
+                            inputs = slice(column, column + settings.group_size)
+                            largest = (values[inputs] * kept[inputs]).abs().amax(0)
+                            scales.append(spanning_scale(largest, settings.bits, weight.dtype))
+                        new = _nearest(values[column] * kept[column], Grid(settings.bits, scales[-1][:, None]))
+                        torch.sub(values[column], new, out=error).div_(pivots[column])
+                        values[column] = new
+                    values[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
+                values[left:right] *= kept[left:right]
             done = errors[first - start : last - start]
             values[last:end].addmm_(upper[first:last, last:end].T, done, alpha=-1)
         values[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+        lost += errors.square().sum().item()
 
     pruned = values.T.contiguous().to(weight.dtype)
-    notes = {"damping": factor.damping, "error": statistic.error(weight, pruned)}
-    return Pruned(
-        pruned, kept.T.contiguous(), notes, Grid(settings.bits, torch.stack(scales, 1)) if settings.bits else None
-    )
+    notes = {"damping": factor.damping, "error": lost / max(statistic.energy(weight), 1e-30)}
+    rounded = Grid(settings.bits, torch.stack(scales, 1)) if settings.bits else None
+    return Pruned(pruned, kept.T.contiguous(), notes, rounded)
+
+
+def _nearest(column: Tensor, grid: Grid) -> Tensor:
+    """The grid's nearest values, float32 [out]; the grid has one column."""
+    return grid.values(grid.codes(column[:, None]))[:, 0].float()
 
 
 def _owed(pattern: Pattern, rows: int, width: int, group: int) -> list[int]:

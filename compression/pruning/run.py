@@ -44,7 +44,7 @@ def prune_model(
         dtype: type of the forward pass; weights are pruned and written in the type in which they are stored.
 
     Returns:
-        what the method noted, by layer and name.
+        what the method noted, by layer and name, in the order of the model.
 
     Raises:
         Problem: a width that the pattern cannot divide, or weights or inputs that are not finite, by layer.
@@ -65,8 +65,16 @@ def prune_model(
         tensors = source.block(index)
         masks = source.block_masks(index, before)
         keep: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
 
-        def prune(layer: str, statistic: Any, tensors: Any = tensors, masks: Any = masks, keep: Any = keep) -> Tensor:
+        def prune(
+            layer: str,
+            statistic: Any,
+            tensors: Any = tensors,
+            masks: Any = masks,
+            keep: Any = keep,
+            scales: Any = scales,
+        ) -> Tensor:
             weight = tensors[f"{layer}.weight"].to(device)
             # A sum tells in a tenth of the time; only if it is not finite is each weight looked at.
             if not (weight.float().sum().isfinite() or weight.isfinite().all()):
@@ -74,6 +82,8 @@ def prune_model(
             done: Pruned = method.prune(weight, statistic, patterns[layer], replace(settings, before=masks.get(layer)))
             tensors[f"{layer}.weight"], keep[layer] = done.weight.cpu(), done.keep.cpu()
             ledger[layer] = done.notes
+            if done.grid:
+                scales[layer] = done.grid.scale.cpu()
             return done.weight
 
         if walk is None:
@@ -85,9 +95,9 @@ def prune_model(
         missed = [layer for layer in source.layers if f"{layer}.weight" in tensors and layer not in keep]
         if missed:
             raise Problem(missed[0], "no calibration token came by, so it cannot be pruned by its input")
-        writer.write_block(index, tensors, keep)
+        writer.write_block(index, tensors, keep, scales)
         journal.save(index + 1, _pack(ledger) | ({} if walk is None else {"hidden": walk.hidden}))
-    return ledger
+    return {layer: dict(sorted(ledger.get(layer, {}).items())) for layer in source.layers}
 
 
 def _pack(ledger: Ledger) -> dict[str, Tensor]:

@@ -23,13 +23,13 @@ def bits_by_sensitivity(
     return {layer: sensitive_bits if block in chosen else bits for layer, block in layers.items()}
 
 
-def check_group_size(layers: dict[str, list[int]], group_size: int) -> None:
+def check_group_size(layers: dict[str, list[int]], group_size: int, key: str = "quantize.group_size") -> None:
     """Raises Problem when the group size does not divide a layer's number of inputs."""
     for layer, (_, width) in layers.items():
         if width % group_size:
             fitting = [size for size in (16, 32, 64, 128, 256) if all(w % size == 0 for _, w in layers.values())]
             raise Problem(
-                "params.yaml: quantize.group_size",
+                f"params.yaml: {key}",
                 f"{group_size} does not divide the {width} inputs of {layer}",
                 f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}",
             )

@@ -5,13 +5,14 @@ from torch import Tensor
 from compression.quantization.grid import Grid, spanning_scale
 
 
-def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Grid]:
+def quantize(weight: Tensor, bits: int, group_size: int, given: Grid | None = None) -> tuple[Tensor, Grid]:
     """Rounds W to nearest on a symmetric grid.
 
     Args:
         weight: W [out, in]; in is a multiple of group_size.
         bits: b.
         group_size: inputs that share a scale.
+        given: not used.
 
     Returns:
         codes int8 [out, in], and the grid, its scale max|W| / (2^(b-1) - 1/2) in the type of W. A group of

@@ -11,6 +11,7 @@ from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.core.progress import progress
 from compression.quantization.bits import check_group_size
+from compression.quantization.grid import Grid
 from compression.quantization.packed import pack
 
 
@@ -33,7 +34,7 @@ def quantize_model(
         Problem: the group size does not divide a width, weights are not finite, or a pruned weight moved.
     """
     check_group_size(source.layers, group_size)
-    packed_masks = source.masks()
+    packed_masks, scales = source.masks(), source.scales()
     finished, _ = journal.load()
     writer.write_outer(source.outer())
     blocks = range(finished, source.depth)
@@ -44,7 +45,8 @@ def quantize_model(
             weight: Tensor = tensors.pop(f"{layer}.weight")
             if not weight.isfinite().all():
                 raise Problem(f"{layer}.weight", "holds NaN or infinite values")
-            codes, grid = method.quantize(weight, bits[layer], group_size)
+            given = Grid(bits[layer], scales[layer]) if layer in scales else None
+            codes, grid = method.quantize(weight, bits[layer], group_size, given)
             if layer in keep:
                 masks.prove(layer, codes, keep[layer])
             tensors |= pack(layer, codes, grid)

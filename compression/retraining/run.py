@@ -63,7 +63,8 @@ def retrain_model(
     curves, stopped = train(parameters, loss, recipe, journal, "retrain", sequences * ids.shape[1])
     changed = {name: parameter.detach() for name, parameter in parameters.items() if name in tensors} | merge(tensors)
     tensors |= {name: tensor.to("cpu", stored[name]) for name, tensor in changed.items()}
-    write_whole(source, writer, tensors, keep)
+    moved = any(f"{layer}.weight" in changed for layer in source.layers)
+    write_whole(source, writer, tensors, keep, {} if moved else source.scales())
     count = sum(parameter.numel() for parameter in parameters.values())
     return {
         "trainable_parameters": count,

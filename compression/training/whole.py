@@ -36,11 +36,18 @@ def read_whole(checkpoint: Checkpoint, what: str) -> tuple[dict[str, Tensor], di
 
 
 def write_whole(
-    source: Checkpoint, writer: CheckpointWriter, tensors: dict[str, Tensor], keep: dict[str, Tensor]
+    source: Checkpoint,
+    writer: CheckpointWriter,
+    tensors: dict[str, Tensor],
+    keep: dict[str, Tensor],
+    scales: dict[str, Tensor],
 ) -> None:
-    """Writes all tensors of a model, by full name, block by block."""
+    """Writes all tensors of a model, its masks, and scales of the grid if it lies on one, block by block."""
     prefixes = {index: f"{source.blocks}.{index}." for index in range(source.depth)}
     writer.write_outer({name: t for name, t in tensors.items() if not name.startswith(f"{source.blocks}.")})
     for index, prefix in prefixes.items():
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        writer.write_block(index, own, {layer: mask for layer, mask in keep.items() if layer.startswith(prefix)})
+        own_masks, own_scales = (
+            {layer: tensor for layer, tensor in every.items() if layer.startswith(prefix)} for every in (keep, scales)
+        )
+        writer.write_block(index, own, own_masks, own_scales)

@@ -112,5 +112,5 @@ def _write(
             before = stored[f"{name}.weight"]
             stored[f"{name}.weight"] = layer.merged(before).cpu()
             changed += int((stored[f"{name}.weight"] != before).sum())
-    write_whole(source, writer, stored, keep)
+    write_whole(source, writer, stored, keep, {})
     return changed / total

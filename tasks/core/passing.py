@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from compression.core.checkpoint import MASKS, OUTER, Checkpoint, CheckpointWriter, block_file
+from compression.core.checkpoint import MASKS, OUTER, SCALES, Checkpoint, CheckpointWriter, block_file
 
 LINEAGE = ("source", "licence", "blocks", "layers", "quantization")
 
@@ -17,6 +17,6 @@ def pass_through(source: Checkpoint, folder: Path, record: dict[str, Any]) -> No
     """Method `none`: the same checkpoint under the next name, files hard-linked."""
     writer = CheckpointWriter(folder, source.folder)
     names = [OUTER, *(block_file(index) for index in range(source.depth))]
-    for name in names + ([MASKS] if MASKS in source.manifest["files"] else []):
+    for name in names + [name for name in (MASKS, SCALES) if name in source.manifest["files"]]:
         writer.link(source, name)
     writer.finish(source.depth, lineage(source) | record)

@@ -11,6 +11,7 @@ from tasks.params.base import Section
 class Prune(Section):
     section: ClassVar[str] = "prune"
 
+    source: str
     method: Literal["magnitude", "wanda", "sparsegpt", "magnitude_obs", "wanda_obs", "alps", "none"]
     sparsity: Annotated[float, Field(ge=0, lt=1)]
     pattern: str
@@ -21,6 +22,8 @@ class Prune(Section):
     columns: PositiveInt
     choose: Literal["layer", "columns"]
     iterations: PositiveInt
+    bits: Literal[4, 8] | None
+    group_size: PositiveInt
 
     @field_validator("pattern")
     @classmethod

@@ -10,7 +10,7 @@ from tasks.params.base import Section
 class Quantize(Section):
     section: ClassVar[str] = "quantize"
 
-    method: Literal["rtn", "none"]
+    method: Literal["rtn", "given", "none"]
     group_size: PositiveInt
     bits: Literal[4, 8]
     sensitive_bits: Literal[4, 8]

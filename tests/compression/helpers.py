@@ -49,11 +49,13 @@ def prune(
     return Checkpoint(target)
 
 
-def quantize(source: Checkpoint, target: Path, group_size: int = 32) -> Checkpoint:
-    """4 bits, but 8 for block 0."""
-    bits = {layer: 8 if layer.startswith(f"{source.blocks}.0.") else 4 for layer in source.layers}
+def quantize(
+    source: Checkpoint, target: Path, group_size: int = 32, method: ModuleType = rtn, first: int = 8
+) -> Checkpoint:
+    """4 bits, but `first` for block 0."""
+    bits = {layer: first if layer.startswith(f"{source.blocks}.0.") else 4 for layer in source.layers}
     writer = CheckpointWriter(target, source.folder)
-    quantize_model(source, writer, journal(target), rtn, bits, group_size)
+    quantize_model(source, writer, journal(target), method, bits, group_size)
     config = source.config() | {"quantization_config": config_entry(bits, group_size)}
     record = lineage(source) | {"quantization": {"group_size": group_size, "bits": bits}}
     writer.finish(source.depth, record, config)

@@ -14,9 +14,9 @@ from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.files import sha256, write_tensors
 from compression.importing import import_model
-from compression.pruning import METHODS, run, wanda
+from compression.pruning import METHODS, run, sparsegpt, wanda
 from compression.pruning.method import Settings
-from compression.pruning.pattern import NofM, Unstructured
+from compression.pruning.pattern import NofM, Pattern, Unstructured
 from tests import tiny
 from tests.compression.helpers import (
     CPU,
@@ -32,10 +32,41 @@ from tests.compression.helpers import (
     whole_model,
 )
 from tests.conftest import Make
+from tests.reference import obs
 from tests.reference import pruning as reference
 
 HALF = Unstructured(0.5)
-every_method = pytest.mark.parametrize("method", ["magnitude", "wanda"])
+NAMES = [name for name in METHODS if name != "none"]
+every_method = pytest.mark.parametrize("method", NAMES)
+GRAM = [name for name in NAMES if name not in ("magnitude", "wanda")]  # these change what stays, too
+# Every family for the quick methods; for the others one of each kind of block, and llama for all.
+CASES = [
+    *((method, family) for method in ("magnitude", "wanda") for family in tiny.FAMILIES),
+    *((method, family) for method in ("sparsegpt", "alps") for family in ("opt", "gpt_neox", "bert")),
+    *((method, "llama") for method in GRAM),
+]
+
+
+def half(method: str) -> Unstructured:
+    """50 %, among the weights that the method usually compares."""
+    return Unstructured(0.5, import_module(METHODS[method]).SCOPES[0])
+
+
+def prune_noting(
+    source: Path, target: Path, method: Any, pattern: Pattern, ids: Tensor
+) -> tuple[Checkpoint, run.Ledger]:
+    """As helpers.prune, with what the method noted, which goes into the manifest as the stage has it."""
+    checkpoint, writer = Checkpoint(source), CheckpointWriter(target, source)
+    patterns = dict.fromkeys(checkpoint.layers, pattern)
+    ledger = run.prune_model(
+        checkpoint, writer, journal(target), method, patterns, Settings(columns=10), ids, CPU, torch.float32
+    )
+    writer.finish(checkpoint.depth, lineage(checkpoint) | {"pruning": ledger})
+    return Checkpoint(target), ledger
+
+
+def manifest(checkpoint: Checkpoint) -> bytes:
+    return (checkpoint.folder / "manifest.json").read_bytes()
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -62,19 +93,44 @@ def test_equals_pruning_layer_by_layer(
     assert differing(ours, two_pass) > 3e-3  # with inputs of the dense model: the figure above says something
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@every_method
+def test_sparsegpt_equals_pruning_layer_by_layer(original: Make, imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    """Against the float64 twin in a model that is run as a whole, once a layer."""
+    pruned = prune(imported("llama"), tmp_path / "pruned", sparsegpt, half("sparsegpt"), ids)
+    model, layers = whole_model(original("llama")), list(Checkpoint(imported("llama")).layers)
+    naive = reference.prune_model(model, layers, ids, half("sparsegpt"), obs.sweep)
+    assert differing(all_masks(pruned), naive) < 2e-3
+    assert relative_gap(whole_logits(pruned.folder, ids), model(input_ids=ids).logits.detach()) < 0.02
+    masked = prune(imported("llama"), tmp_path / "masked", wanda, HALF, ids)
+    assert relative_gap(whole_logits(masked.folder, ids), model(input_ids=ids).logits.detach()) > 0.1
+
+
+def relative_gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_every_family(family: str, method: str, imported: Make, tmp_path: Path, ids: Tensor) -> None:
-    pruned = prune(imported(family), tmp_path / "pruned", import_module(METHODS[method]), HALF, ids)
+    module = import_module(METHODS[method])
+    pruned, ledger = prune_noting(imported(family), tmp_path / "pruned", module, half(method), ids)
     dense, sparse = all_tensors(Checkpoint(imported(family))), all_tensors(pruned)
     keep = all_masks(pruned)
-    assert set(keep) == set(pruned.layers)
+    assert set(keep) == set(ledger) == set(pruned.layers)
     assert len(keep) >= 4 * pruned.depth
     assert sparse.keys() == dense.keys()
     for name, tensor in dense.items():
-        mask = keep.get(name.removesuffix(".weight"))
-        assert torch.equal(sparse[name], tensor if mask is None else tensor * mask)
-        assert mask is None or int(mask.sum()) * 2 == mask.numel()
+        layer = name.removesuffix(".weight")
+        mask = keep.get(layer)
+        if mask is None:
+            assert torch.equal(sparse[name], tensor)
+            continue
+        assert int(mask.sum()) * 2 == mask.numel()
+        if method in GRAM:
+            assert torch.equal(sparse[name] != 0, mask)
+            assert not torch.equal(sparse[name], tensor * mask)
+            assert 0 < ledger[layer]["error"] < 0.5
+        else:
+            assert torch.equal(sparse[name], tensor * mask)
+            assert ledger[layer] == {}
     torch.testing.assert_close(
         walked_logits(pruned.folder, ids), whole_logits(pruned.folder, ids), rtol=1e-5, atol=1e-5
     )
@@ -92,13 +148,19 @@ def test_weights_keep_their_stored_type(original: Make, tmp_path: Path, ids: Ten
             assert torch.equal(weight, dense[f"{layer}.weight"] * mask)
 
 
-@pytest.mark.parametrize("tokens", [1, 128, 256])
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "magnitude"])
 def test_batch_split_does_not_matter(
-    tokens: int, pruned: Checkpoint, imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    method: str, imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "CPU_TOKENS", tokens)
-    split = prune(imported("llama"), tmp_path / "split", wanda, HALF, ids)
-    assert differing(all_masks(split), all_masks(pruned)) < 1e-3
+    module = import_module(METHODS[method])
+    whole, noted = prune_noting(imported("llama"), tmp_path / "whole", module, half(method), ids)
+    for tokens in (1, 128, 256):
+        monkeypatch.setattr(batches, "CPU_TOKENS", tokens)
+        split, again = prune_noting(imported("llama"), tmp_path / f"split-{tokens}", module, half(method), ids)
+        assert differing(all_masks(split), all_masks(whole)) < 1e-3
+        for layer, notes in noted.items():
+            for name, value in notes.items():
+                assert again[layer][name] == pytest.approx(value, rel=0.3 if name == "steps" else 0.01)
 
 
 def test_uneven_last_batch(imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +170,30 @@ def test_uneven_last_batch(imported: Make, tmp_path: Path, ids: Tensor, monkeypa
     assert differing(all_masks(split), all_masks(whole)) < 1e-3
 
 
-def test_same_run_same_bytes(pruned: Checkpoint, imported: Make, tmp_path: Path, ids: Tensor) -> None:
-    assert hashes(prune(imported("llama"), tmp_path / "again", wanda, HALF, ids).folder) == hashes(pruned.folder)
+@every_method
+def test_same_run_same_bytes(method: str, imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    module = import_module(METHODS[method])
+    first, noted = prune_noting(imported("llama"), tmp_path / "first", module, half(method), ids)
+    again, noted_again = prune_noting(imported("llama"), tmp_path / "again", module, half(method), ids)
+    assert hashes(again.folder) == hashes(first.folder)
+    assert noted_again == noted
+    assert manifest(again) == manifest(first)
+
+
+@pytest.mark.parametrize("method", GRAM)
+def test_layers_with_one_input_share_its_sums(method: str, imported: Make, tmp_path: Path, ids: Tensor) -> None:
+    """X^T X is summed up and factored once for q, k and v, and once for gate and up."""
+    module = import_module(METHODS[method])
+    seen: dict[int, Any] = {}
+
+    def watched(weight: Tensor, statistic: Any, *arguments: Any) -> Any:
+        seen[id(statistic)] = statistic
+        return module.prune(weight, statistic, *arguments)
+
+    watching = SimpleNamespace(STATISTIC=module.STATISTIC, prune=watched)
+    prune_noting(imported("llama"), tmp_path / "pruned", watching, half(method), ids)
+    assert len(seen) == 3 * 4  # blocks; inputs of q k v, of o, of gate and up, of down
+    assert {statistic.tokens for statistic in seen.values()} == {ids.numel()}
 
 
 def spy(method: Any, pruned: list[int]) -> Any:
@@ -128,7 +212,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     method: str, after: str, imported: Make, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = import_module(METHODS[method])
-    straight = prune(imported("opt"), tmp_path / "straight", module, HALF, ids)
+    straight, noted = prune_noting(imported("opt"), tmp_path / "straight", module, half(method), ids)
     calls: list[int] = []
     write = CheckpointWriter.write_block
 
@@ -152,12 +236,14 @@ def test_killed_and_resumed_gives_the_same_bytes(
         else:
             patch.setattr(CheckpointWriter, "write_block", dying_write)
         with pytest.raises(Killed):
-            prune(imported("opt"), target, dying, HALF, ids)
+            prune_noting(imported("opt"), target, dying, half(method), ids)
     assert not (target / "manifest.json").exists()
 
     recomputed: list[int] = []
-    resumed = prune(imported("opt"), target, spy(module, recomputed), HALF, ids)
+    resumed, noted_again = prune_noting(imported("opt"), target, spy(module, recomputed), half(method), ids)
     assert hashes(resumed.folder) == hashes(straight.folder)
+    assert noted_again == noted
+    assert manifest(resumed) == manifest(straight)
     assert len(recomputed) == 6  # one block of OPT: two of three were finished
 
 

@@ -134,12 +134,6 @@ def test_bfloat16_scales_are_read_alike(original: Make, tmp_path: Path, ids: Ten
     """The scale is stored in bfloat16: our values have to be those that transformers unpacks, to the bit."""
     import_model(original("llama"), tmp_path / "half", "bfloat16", {})
     packed = quantize(Checkpoint(tmp_path / "half"), tmp_path / "packed")
-    torch.testing.assert_close(
-        walked_logits(packed.folder, ids, torch.bfloat16),
-        transformers_logits(packed.folder, ids, torch.bfloat16),
-        rtol=0.02,
-        atol=0.05,
-    )
     model = AutoModelForCausalLM.from_pretrained(packed.folder, dtype=torch.bfloat16)
     model(input_ids=ids[:1, :2])  # the first pass unpacks
     plain = {name: t for index in range(packed.depth) for name, t in block_reader(packed)(index).items()}

@@ -1,14 +1,20 @@
 """Masks by looping over rows, and one-pass pruning by running the whole model once a layer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from compression.pruning.pattern import NofM, Pattern
+from compression.pruning.pattern import NofM, Pattern, Unstructured
 
 
 def row_counts(rows: int, width: int, sparsity: float) -> list[int]:
     """How many weights each row drops: the first r + 1 rows together owe their share, rounded down."""
-    total = round(sparsity * rows * width)
+    return spread(round(sparsity * rows * width), rows)
+
+
+def spread(total: int, rows: int) -> list[int]:
+    """`total` over the rows: the first r + 1 together have their share, rounded down."""
     counts: list[int] = []
     for row in range(rows):
         counts.append((row + 1) * total // rows - sum(counts))
@@ -17,8 +23,10 @@ def row_counts(rows: int, width: int, sparsity: float) -> list[int]:
 
 def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
     """Mask bool [out, in]; among equal scores the earlier column goes first."""
-    table = score.double().tolist()
     rows, width = score.shape
+    if isinstance(pattern, Unstructured) and pattern.scope == "adaptive":
+        score = cumulated_shares(score)
+    table = score.double().tolist()
     keep = torch.ones(rows, width, dtype=torch.bool)
     if isinstance(pattern, NofM):
         for row in range(rows):
@@ -36,6 +44,35 @@ def keep_highest(score: Tensor, pattern: Pattern) -> Tensor:
     return keep
 
 
+def cumulated_shares(score: Tensor) -> Tensor:
+    """float64 [out, in]: what an entry and those below it in its row are of the row's sum; 0 in a row of zeros."""
+    shares = torch.zeros(score.shape, dtype=torch.float64)
+    for row, entries in enumerate(score.double().tolist()):
+        total = 0.0
+        for column in sorted(range(len(entries)), key=lambda column: (entries[column], column)):
+            total += entries[column]
+            shares[row, column] = total
+        shares[row] /= total or 1
+    return shares
+
+
+def adaptive_by_bisection(score: Tensor, total: int) -> Tensor:
+    """Wanda's variant as its authors have it: alpha is halved in until every row's share alpha makes `total` drops."""
+    low, high = 0.0, 1.0
+    ordered = score.double().sort(dim=1)
+    sums = ordered.values.cumsum(1)
+    for _ in range(200):
+        alpha = (low + high) / 2
+        counts = (sums <= alpha * sums[:, -1:]).sum(1)
+        if int(counts.sum()) == total:
+            break
+        low, high = (alpha, high) if int(counts.sum()) < total else (low, alpha)
+    keep = torch.ones(score.shape, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        keep[row, ordered.indices[row, :count]] = False
+    return keep
+
+
 def magnitude(weight: Tensor, inputs: Tensor | None, pattern: Pattern) -> Tensor:
     return keep_highest(weight.double().abs(), pattern)
 
@@ -47,6 +84,13 @@ def wanda(weight: Tensor, inputs: Tensor, pattern: Pattern) -> Tensor:
 
 
 METHODS = {"magnitude": magnitude, "wanda": wanda}
+
+Prune = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
+
+
+def masked_wanda(weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    keep = wanda(weight, inputs, pattern)
+    return weight * keep, keep
 
 
 @torch.no_grad()
@@ -60,11 +104,13 @@ def inputs_of(model: nn.Module, layer: str, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prune_model(model: nn.Module, layers: list[str], ids: Tensor, pattern: Pattern) -> dict[str, Tensor]:
-    """Wanda, a layer at a time, in place; each layer is scored behind all that were pruned before it."""
+def prune_model(
+    model: nn.Module, layers: list[str], ids: Tensor, pattern: Pattern, prune: Prune = masked_wanda
+) -> dict[str, Tensor]:
+    """A layer at a time, in place; each layer is scored behind all that were pruned before it."""
     masks = {}
     for layer in layers:
         weight = model.get_parameter(f"{layer}.weight")
-        masks[layer] = wanda(weight, inputs_of(model, layer, ids), pattern)
-        weight.mul_(masks[layer])
+        pruned, masks[layer] = prune(weight, inputs_of(model, layer, ids), pattern)
+        weight.copy_(pruned)
     return masks

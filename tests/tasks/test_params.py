@@ -45,6 +45,15 @@ def test_the_default_is_sound(document: dict[str, Any]) -> None:
         ("retrain", "learning_rate", 0.0, ["retrain.learning_rate", "greater than 0"]),
         ("compute", "device", "tpu", ["compute.device", "'tpu'"]),
         ("prune", "sequences", 129, ["prune.sequences", "66,048", "65,536"]),
+        ("allocate", "rule", "owls", ["allocate.rule", "'owls'", "'owl'"]),
+        ("allocate", "spread", -0.1, ["allocate.spread", "greater than or equal to 0"]),
+        ("allocate", "high", 1.0, ["allocate.high", "less than 1"]),
+        ("allocate", "low", 0.96, ["`allocate.high` is 0.95: has to be at least allocate.low, 0.96"]),
+        ("allocate", "high", 0.4, ["prune.sparsity", "0.5 cannot be reached", "allocate.high 0.4", "0 to 0.3999"]),
+        ("allocate", "low", 0.6, ["prune.sparsity", "0.5 cannot be reached", "allocate.low 0.6", "0.6001 to 0.9499"]),
+        ("allocate", "dense", "*", ["allocate.dense", "list"]),
+        ("allocate", "dense", ["*.up_proj"], ["0.5 cannot be reached", "1 of 2 layers dense", "0 to 0.4749"]),
+        ("allocate", "dense", ["*.up_prj"], ["allocate.dense: `*.up_prj` matches no layer", ".mlp.up_proj`"]),
         ("evaluate", "windows", 65, ["evaluate.windows", "corpora.evaluation.wiki"]),
     ],
 )
@@ -93,6 +102,61 @@ def test_stages_that_contradict_each_other_are_told(document: dict[str, Any]) ->
     assert "sensitivity.method is `none`" in found
 
 
+CYCLES = {
+    "first": {"source": "data/model", "sparsity": 0.2},
+    "second": {"source": "data/imp/first", "sparsity": 0.4},
+}
+FINISH = {"source": "data/imp/second", "method": "magnitude"}
+
+
+@pytest.mark.parametrize(
+    "finish", [{}, FINISH, FINISH | {"sparsity": 0.4, "scope": "layer"}, {"source": "data/imp/first", "method": "none"}]
+)
+def test_cycles_that_grow_are_sound(document: dict[str, Any], finish: dict[str, Any]) -> None:
+    document["imp"]["cycles"] = CYCLES
+    document["prune"] |= finish
+    assert faults(document, WIDTHS) == []
+
+
+@pytest.mark.parametrize(
+    ("cycles", "finish", "told"),
+    [
+        (CYCLES | {"third": {"source": "data/imp/forth", "sparsity": 0.5}}, {}, [
+            "imp.cycles.third.source", "`data/imp/forth`", "valid: data/model, data/imp/first, data/imp/second",
+        ]),
+        (dict(reversed(CYCLES.items())), {}, ["imp.cycles.second.source", "`data/imp/first`", "valid: data/model"]),
+        (CYCLES | {"third": {"source": "data/imp/second", "sparsity": 0.4}}, {}, [
+            "imp.cycles.third.sparsity", "0.4 is not above the 0.4 of data/imp/second", "valid: above 0.4",
+        ]),
+        ({"First!": CYCLES["first"]}, {}, ["imp.cycles.First!"]),
+        ({"first": {"source": "data/model", "sparsety": 0.2}}, {}, [
+            "unknown key `imp.cycles.first.sparsety`; did you mean `sparsity`?",
+        ]),
+        (CYCLES, {"source": "data/imp/third"}, ["prune.source", "`data/imp/third`", "data/imp/first, data/imp/second"]),
+        ({}, {"source": "data/retrained"}, ["prune.source", "`data/retrained`", "valid: data/model"]),
+        (CYCLES, FINISH | {"sparsity": 0.3}, ["prune.sparsity", "0.3 is below the 0.4 of data/imp/second", "from 0.4"]),
+        (CYCLES, FINISH | {"method": "wanda"}, ["prune.method", "`wanda`", "valid: magnitude, none"]),
+        (CYCLES, FINISH | {"pattern": "2:4"}, ["prune.pattern", "`2:4`", "valid: unstructured"]),
+        (CYCLES, FINISH | {"scope": "row"}, ["prune.scope", "`row`", "valid: auto, layer"]),
+    ],
+)  # fmt: skip
+def test_cycles_that_do_not_grow_are_told(
+    document: dict[str, Any], cycles: dict[str, Any], finish: dict[str, Any], told: list[str]
+) -> None:
+    document["imp"]["cycles"] = cycles
+    document["prune"] |= finish
+    found = faults(document, WIDTHS)
+    assert any(all(part in fault for part in told) for fault in found), found
+
+
+def test_cycles_need_text_to_retrain_on(document: dict[str, Any]) -> None:
+    document["imp"]["retrain"]["length"] = 80_000
+    assert faults(document) == []
+    document["imp"]["cycles"] = CYCLES
+    (fault,) = faults(document)
+    assert "imp.retrain.length" in fault
+
+
 def test_values_are_read_as_dvc_writes_them(tmp_path: Path) -> None:
     """By YAML 1.1 an unquoted 2:4 is the number 124 and 1e-07 a text; `dvc exp run --set` writes both unquoted."""
     file = tmp_path / "params.yaml"
@@ -124,3 +188,56 @@ def test_a_file_that_is_no_mapping_is_told(tmp_path: Path, content: str, told: s
     assert done.returncode == 1
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_ratio_for_all_layers_takes_one_rule(document: dict[str, Any]) -> None:
+    document["prune"] |= {"pattern": "2:4", "sparsity": 0.5}
+    document["allocate"] |= {"low": 0.6, "dense": ["*.up_proj"]}  # bounds are not for N:M
+    assert faults(document, WIDTHS) == []
+    document["allocate"]["rule"] = "global"
+    (fault,) = faults(document, WIDTHS)
+    assert "allocate.rule: `global` gives layers different sparsities, but 2:4 has only one" in fault
+    assert "valid: uniform" in fault
+
+
+def test_a_rule_without_its_column_is_told(document: dict[str, Any]) -> None:
+    document["sensitivity"]["method"] = "none"
+    document["allocate"]["rule"] = "pmpq"
+    assert any("allocate.rule: `pmpq`" in fault for fault in faults(document))
+    document["allocate"]["rule"] = "owl"
+    assert not any("allocate" in fault for fault in faults(document))
+
+
+def test_bounds_are_not_looked_at_where_nothing_is_pruned(document: dict[str, Any]) -> None:
+    document["prune"]["method"] = "none"
+    document["allocate"] |= {"high": 0.1, "rule": "pmpq"}
+    document["sensitivity"]["method"] = "none"
+    assert not any("allocate" in fault for fault in faults(document, WIDTHS))
+
+
+def test_a_cycle_is_gone_on_with_evenly(document: dict[str, Any]) -> None:
+    document["imp"]["cycles"] = {"first": {"source": "data/model", "sparsity": 0.3}}
+    document["prune"] |= {"source": "data/imp/first", "method": "magnitude"}
+    assert faults(document, WIDTHS) == []
+    document["allocate"] |= {"rule": "owl", "low": 0.1, "dense": ["*.up_proj"], "high": 0.99}
+    document["prune"]["sparsity"] = 0.4
+    found = "\n".join(faults(document, WIDTHS))
+    assert "allocate.rule: `owl` does not keep the mask of data/imp/first\n  valid: uniform" in found
+    assert "allocate.dense: " in found
+
+
+def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -> None:
+    document["prune"] |= {"method": "sparsegpt", "bits": 4, "group_size": 64}
+    document["retrain"]["method"] = "subset"
+    document["quantize"] |= {"method": "given", "sensitive_share": 0.0}
+    assert faults(document, WIDTHS) == []
+    document["retrain"]["method"] = "mask_lora"
+    document["quantize"]["bits"] = 8
+    found = "\n".join(faults(document, WIDTHS))
+    assert "retrain.method: mask_lora does not keep the grid of prune.bits" in found
+    assert "quantize.bits: 8 does not keep the grid of prune.bits" in found
+    document["prune"] |= {"method": "wanda", "group_size": 100}
+    found = "\n".join(faults(document, WIDTHS))
+    assert "prune.bits: wanda does not round" in found
+    assert "prune.group_size: 100 does not divide the 576 inputs" in found
+    assert "`given` is the grid of prune.bits, but there is none" in found
