@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "OPTForCausalLM",
         _SHAPE | {"init_std": 0.15, "ffn_dim": 64, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
     ),
+    "mistral": ("MistralForCausalLM", _GROUPED | {"sliding_window": 16, "tie_word_embeddings": False}),
     "qwen2": ("Qwen2ForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", _GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2ForCausalLM", _GEMMA),
