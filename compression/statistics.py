@@ -77,6 +77,7 @@ class Gram:
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device)
         self._held: list[Tensor] = []
+        self._whole: Tensor | None = None
         self._factors: dict[float, Factor] = {}  # layers that share an input share what is made of it
         self._scaled: dict[float, Scaled] = {}
 
@@ -84,6 +85,7 @@ class Gram:
         """Adds inputs [..., in]."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(rows)
+        self._whole = None
         while len(rows):
             room = CHUNK - sum(len(part) for part in self._held)
             part, rows = rows[:room], rows[room:]
@@ -95,10 +97,15 @@ class Gram:
                 self._flush()
 
     def matrix(self) -> Tensor:
-        """float32 [in, in]: X^T X / tokens, symmetric."""
-        self._flush()
-        upper = self._sum.triu() / self.tokens
-        return upper + upper.triu(1).T
+        """float32 [in, in]: X^T X / tokens, symmetric. Made once; not to be changed."""
+        if self._whole is None:
+            self._flush()
+            self._whole = self._sum / self.tokens
+            for start, end in self._panels():
+                corner = self._whole[start:end, start:end]
+                corner.copy_(corner.triu() + corner.triu(1).T)
+                self._whole[end:, start:end] = self._whole[start:end, end:].T
+        return self._whole
 
     def norms(self) -> Tensor:
         """float32 [in]: the l2 norm over the tokens, ||X_j||_2."""
@@ -155,7 +162,7 @@ class Gram:
         return Scaled(scale, unit, values.clamp(min=0), vectors)
 
     def _alive(self) -> tuple[Tensor, Tensor]:
-        matrix = self.matrix()
+        matrix = self.matrix().clone()
         dead = matrix.diagonal() == 0
         matrix.diagonal()[dead] = 1
         return matrix, dead
@@ -168,10 +175,14 @@ class Gram:
     def _add(self, rows: Tensor) -> None:
         fast = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
         rows = rows if fast else rows.float()
-        width = rows.shape[1]
-        for start in range(0, width, -(-width // PANELS)):
-            panel = slice(start, start + -(-width // PANELS))
-            self._sum[panel, start:] += rows[:, panel].T @ rows[:, start:]
+        for start, end in self._panels():
+            self._sum[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Strips of columns; of each, what lies right of its first column is computed."""
+        width = len(self._sum)
+        step = -(-width // PANELS)
+        return [(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 def _inverse(lower: Tensor) -> Tensor:
