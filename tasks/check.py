@@ -28,6 +28,7 @@ from tasks.params.sensitivity import Sensitivity
 from tasks.params.speed import Speed
 from tasks.params.unlearn import Unlearn
 
+ADAPTERS = ("mask_lora", "scale_lora", "lora_prune")
 ROUNDING = ("sparsegpt", "magnitude_obs", "wanda_obs")  # pruning methods that can round in the same pass
 
 SECTIONS: list[type[Section]] = [
@@ -245,12 +246,12 @@ def ranking_exists(quantize: Quantize, sensitivity: Sensitivity, layers: dict[st
 
 
 def adapters_have_masks(prune: Prune, retrain: Retrain, layers: dict[str, list[int]]) -> Iterator[Problem]:
-    """MaskLoRA has a mask to learn under."""
-    if prune.method == "none" and prune.source == MODEL and retrain.method == "mask_lora":
+    """Adapters have a mask to learn under."""
+    if prune.method == "none" and prune.source == MODEL and retrain.method in ADAPTERS:
         yield Problem(
             f"{PARAMS}: retrain.method",
-            "mask_lora trains under the pruning mask, but prune.method is `none`",
-            "valid: subset, none",
+            f"{retrain.method} trains under the pruning mask, but prune.method is `none`",
+            "valid: subset, full, none",
         )
 
 

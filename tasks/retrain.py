@@ -18,6 +18,9 @@ from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.retrain import Retrain
 
+# Of the section, what methods look at.
+OPTIONS = {"biases", "norms", "head", "embeddings", "rank", "alpha", "start", "seed"}
+
 
 def main() -> None:
     params = read(Retrain)
@@ -52,7 +55,7 @@ def retrain(
         writer,
         Journal(stage.work / "journal"),
         method,
-        params.model_dump(include={"rank", "alpha", "biases", "norms", "seed"}),
+        params.model_dump(include=OPTIONS),
         Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
         read_sequences("training", None, params.length, f"params.yaml: {section}.length"),
         params.sequences,

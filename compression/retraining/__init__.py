@@ -8,6 +8,9 @@ tensors that have changed otherwise than through a parameter of that very name.
 
 METHODS = {
     "none": "compression.retraining.none",
-    "mask_lora": "compression.retraining.mask_lora",
     "subset": "compression.retraining.subset",
+    "mask_lora": "compression.retraining.mask_lora",
+    "scale_lora": "compression.retraining.scale_lora",
+    "lora_prune": "compression.retraining.lora_prune",
+    "full": "compression.retraining.full",
 }

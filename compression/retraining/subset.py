@@ -1,4 +1,4 @@
-"""PERP's cheapest arms: biases and norms only (arXiv 2312.15230, section on parameter-efficient retraining)."""
+"""PERP's cheapest arms: biases, norms and whatever else is named, no adapters (arXiv 2312.15230)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +14,9 @@ def attach(
     """Frees the parameters that `options` names.
 
     Args:
-        options: biases, norms: bool.
+        options: biases, norms, head, embeddings: bool.
 
     Returns:
         the freed parameters, and a merge with nothing to do.
     """
-    return free(model, biases=options["biases"], norms=options["norms"]), lambda _: {}
+    return free(model, options), lambda _: {}

@@ -1,23 +1,52 @@
-"""A pruned linear layer that learns through a low-rank update under its mask.
+"""A pruned linear layer that learns through a low-rank product, in the forms that PERP compares.
 
-    W' = W + s * M o (B A)          s = alpha / r,  o the elementwise product
+    mask_lora    W' = W + s M o (B A)          s = alpha / r,  o the elementwise product
+    scale_lora   W' = W o (B A)
+    lora_prune   W' = W + s (B A) in training, merged as mask_lora: what the mask takes away then is a jump
 
-W [out, in] pruned and frozen, M its mask, A [r, in] and B [out, r] trained: MaskLoRA of PERP (Zimmer et al. 2023,
-arXiv 2312.15230, section on sparsity-preserving adapters). On a grid, W' is rounded to it and the gradient passes
-straight through the rounding, so that what is learned is what will be packed.
+W [out, in] pruned and frozen, M its mask, A [r, in] and B [out, r] trained (Zimmer et al. 2023, arXiv 2312.15230,
+section on sparsity-preserving adapters). On a grid, W' is rounded to it and the gradient passes straight through the
+rounding, so that what is learned is what will be packed.
 
 The released layer keeps W' and its dense gradient alive in every layer. Here W' is built for one product at a
 time and built again in the backward pass, so memory is that of the adapters and of one layer.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compression.quantization.grid import Grid
+
+
+class Form(NamedTuple):
+    """How W' comes of P = B A; both work in place on their first argument, [out, in] like W and M.
+
+    Attributes:
+        effective: (P, W, M, s) -> W'.
+        pull: (dL/dW', W, M, s) -> dL/dP.
+    """
+
+    effective: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+MASK_LORA = Form(
+    lambda P, W, M, s: P.mul_(s).mul_(M).add_(W),
+    lambda grad, W, M, s: grad.mul_(M).mul_(s),
+)
+SCALE_LORA = Form(
+    lambda P, W, M, s: P.mul_(W),
+    lambda grad, W, M, s: grad.mul_(W),
+)
+LORA_PRUNE = Form(
+    lambda P, W, M, s: P.mul_(s).add_(W),
+    lambda grad, W, M, s: grad.mul_(s),
+)
 
 
 class _MaskedLowRank(torch.autograd.Function):
@@ -35,8 +64,8 @@ class _MaskedLowRank(torch.autograd.Function):
         x, A, B = ctx.saved_tensors
         layer: MaskedLinear = ctx.layer
         grad_x = grad @ layer.effective(A, B, x.dtype) if ctx.needs_input_grad[0] else None
-        # dL/d(BA) = s * M o (dL/dW'): the one dense matrix, gone after two thin products.
-        grad_product = (grad.t() @ x).mul_(layer.keep).mul_(layer.scaling)
+        # dL/dW' is the one dense matrix, gone after two thin products.
+        grad_product = layer.form.pull(grad.t() @ x, layer.weight.to(x.dtype), layer.keep, layer.scaling)
         grad_A = B.to(x.dtype).t() @ grad_product
         grad_B = grad_product @ A.to(x.dtype).t()
         return grad_x, grad_A.to(A.dtype), grad_B.to(B.dtype), None
@@ -51,6 +80,8 @@ class MaskedLinear(nn.Module):
         rank, alpha: r and alpha.
         generator: draws A uniformly in +-1/sqrt(in), as the released layers do; B starts at zero, so W' starts at W.
         grid: where W' has to lie, if anywhere.
+        form: how W' comes of B A. For SCALE_LORA one row of A and one column of B start at one, so that B A is all
+            ones and W' starts at W as well.
     """
 
     def __init__(
@@ -61,16 +92,19 @@ class MaskedLinear(nn.Module):
         alpha: float,
         generator: torch.Generator,
         grid: Grid | None = None,
+        form: Form = MASK_LORA,
     ) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.keep: Tensor
         self.register_buffer("keep", keep.to(linear.weight.device), persistent=False)
-        self.scaling, self.grid = alpha / rank, grid
+        self.scaling, self.grid, self.form = alpha / rank, grid, form
         bound = 1 / math.sqrt(linear.in_features)
         start = torch.rand(rank, linear.in_features, generator=generator) * 2 * bound - bound
         self.A = nn.Parameter(start.to(linear.weight.device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        if form is SCALE_LORA:
+            self.A.data[0], self.B.data[:, 0] = 1, 1
 
     def forward(self, x: Tensor) -> Tensor:
         y = _MaskedLowRank.apply(x.reshape(-1, x.shape[-1]), self.A, self.B, self)
@@ -80,8 +114,8 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def effective(self, A: Tensor, B: Tensor, dtype: torch.dtype, stored: Tensor | None = None) -> Tensor:
         """W' [out, in], in `dtype`; `stored` is W if not the copy that the layer computes with."""
-        update = (B.to(dtype) @ A.to(dtype)).mul_(self.scaling).mul_(self.keep)
-        weight = update.add_((self.weight if stored is None else stored).to(dtype))
+        start = (self.weight if stored is None else stored).to(dtype)
+        weight = self.form.effective(B.to(dtype) @ A.to(dtype), start, self.keep, self.scaling)
         return weight if self.grid is None else self.grid.values(self.grid.codes(weight)).to(dtype)
 
     @torch.no_grad()
@@ -103,6 +137,7 @@ def attach(
     alpha: float,
     seed: int,
     grids: dict[str, Grid] | None = None,
+    form: Form = MASK_LORA,
 ) -> dict[str, MaskedLinear]:
     """Puts a MaskedLinear in the place of every layer that `keep` names, in its order.
 
@@ -116,6 +151,6 @@ def attach(
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layers[name] = MaskedLinear(linear, mask, rank, alpha, generator, (grids or {}).get(name))
+        layers[name] = MaskedLinear(linear, mask, rank, alpha, generator, (grids or {}).get(name), form)
         setattr(model.get_submodule(parent), child, layers[name])
     return layers

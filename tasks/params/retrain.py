@@ -10,11 +10,14 @@ from tasks.params.base import Section
 class Retrain(Section):
     section: ClassVar[str] = "retrain"
 
-    method: Literal["mask_lora", "subset", "none"]
+    method: Literal["subset", "mask_lora", "scale_lora", "lora_prune", "full", "none"]
     biases: bool
     norms: bool
+    head: bool
+    embeddings: bool
     rank: PositiveInt
     alpha: PositiveFloat
+    start: Literal["broken", "paper"]
     steps: PositiveInt
     sequences: PositiveInt
     length: Annotated[int, Field(ge=2)]

@@ -13,9 +13,11 @@ from compression.core.errors import Problem
 from compression.core.masks import revived
 from compression.pruning import magnitude
 from compression.pruning.pattern import Unstructured
-from compression.retraining import METHODS
+from compression.retraining import METHODS, scale_lora
 from compression.retraining import run as retraining
 from compression.training.loop import Recipe
+from compression.training.text import next_token_loss
+from compression.training.whole import load_whole
 from tests import tiny
 from tests.compression.helpers import (
     CPU,
@@ -31,7 +33,16 @@ from tests.compression.helpers import (
 )
 from tests.conftest import Make
 
-OPTIONS = {"rank": 4, "alpha": 8.0, "biases": True, "norms": True, "seed": 3}
+OPTIONS = {
+    "rank": 4,
+    "alpha": 8.0,
+    "biases": True,
+    "norms": True,
+    "head": False,
+    "embeddings": False,
+    "start": "broken",
+    "seed": 3,
+}
 RECIPE = Recipe(steps=25, learning_rate=5e-3, warmup=0.1, clip=1.0)
 NAMES = [name for name in METHODS if name != "none"]
 
@@ -98,8 +109,8 @@ def test_loss_falls_and_the_mask_stays(
     }
     for name in before:
         freed = name.endswith(".bias") or "norm" in name
-        adapted = method == "mask_lora" and name.removesuffix(".weight") in keep
-        if freed or adapted:
+        adapted = method != "subset" and name.removesuffix(".weight") in keep
+        if freed or adapted or method == "full":
             assert not torch.equal(after[name], before[name]), f"{name} did not learn"
         else:
             assert torch.equal(after[name], before[name]), f"{name} was not to move"
@@ -155,7 +166,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     resumed, again = retrain(opt, tmp_path / "killed", text, method)
     assert hashes(resumed.folder) == hashes(straight.folder)
     assert again == record
-    assert len(calls) == 17 + 15  # it went on at step 10
+    assert len(calls) == 17 + 15 + 2  # it went on at step 10; two more tell what the merge did
 
 
 def test_other_seed_other_bytes(opt: Checkpoint, tmp_path: Path, text: Tensor) -> None:
@@ -202,3 +213,39 @@ def test_an_encoder_is_refused(imported: Make, tmp_path: Path, text: Tensor, ids
     bert = prune(imported("bert"), tmp_path / "bert", magnitude, Unstructured(0.5), ids)
     with pytest.raises(Problem, match="an encoder cannot be trained"):
         retrain(bert, tmp_path / "retrained", text)
+
+
+def test_only_lora_prune_jumps_at_the_merge(opt: Checkpoint, tmp_path: Path, text: Tensor) -> None:
+    jumps = {name: retrain(opt, tmp_path / name, text, name)[1]["merge_jump"] for name in NAMES}
+    assert jumps.pop("lora_prune") > 0.01
+    assert set(jumps.values()) == {0.0}
+
+
+def test_ranks_of_scale_lora_stay_equal_from_the_papers_start_only(opt: Checkpoint) -> None:
+    text = tiny.encode(tiny.sentences(1, 40))
+    for start, ranks in (("paper", 1), ("broken", OPTIONS["rank"])):
+        model = load_whole(opt.folder, all_tensors(opt), CPU)
+        parameters, _ = scale_lora.attach(model, all_masks(opt), OPTIONS | {"start": start})
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            next_token_loss(model, text[:4]).backward()
+            optimizer.step()
+        adapter = parameters["model.decoder.layers.0.fc1.A"]
+        assert torch.linalg.matrix_rank(adapter.detach(), rtol=1e-4) == ranks
+
+
+@pytest.mark.parametrize("kind", ["head", "embeddings"])
+def test_head_and_embeddings_are_whole_matrices(kind: str, imported: Make, tmp_path: Path, text: Tensor) -> None:
+    """A head of its own in llama; in qwen2 it is the embedding, and either switch frees the one matrix."""
+    short = Recipe(steps=2, learning_rate=1e-3, warmup=0.0, clip=1.0)
+    for family, names in (
+        ("llama", {"head": "lm_head.weight", "embeddings": "model.embed_tokens.weight"}),
+        ("qwen2", {"head": "model.embed_tokens.weight", "embeddings": "model.embed_tokens.weight"}),
+    ):
+        source = Checkpoint(imported(family))
+        options = {"biases": False, "norms": False, kind: True}
+        retrained, record = retrain(source, tmp_path / family, text, "subset", recipe=short, **options)
+        before, after = all_tensors(source), all_tensors(retrained)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == [names[kind]]
+        assert record["trainable_parameters"] == before[names[kind]].numel()

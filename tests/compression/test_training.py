@@ -15,20 +15,25 @@ from compression.quantization import rtn
 from compression.retraining.parameters import free
 from compression.training import loop
 from compression.training.loop import Recipe, train
-from compression.training.masked_linear import MaskedLinear, attach
+from compression.training.masked_linear import LORA_PRUNE, MASK_LORA, SCALE_LORA, MaskedLinear, attach
 from compression.training.text import Shuffled, next_token_loss
 from tests.compression.helpers import Killed, whole_model
 from tests.conftest import Make
 from tests.reference import training as reference
 
 ROWS, WIDTH, RANK = 6, 8, 3
+NONE = {"biases": False, "norms": False, "head": False, "embeddings": False}
+FORMS = {"mask_lora": MASK_LORA, "scale_lora": SCALE_LORA, "lora_prune": LORA_PRUNE}
+every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def masked(dtype: torch.dtype = torch.float64, bias: bool = True, grid_bits: int | None = None) -> MaskedLinear:
+def masked(
+    dtype: torch.dtype = torch.float64, bias: bool = True, grid_bits: int | None = None, form: str = "mask_lora"
+) -> MaskedLinear:
     """A layer in the middle of its training: neither A nor B is at its start."""
     linear = nn.Linear(WIDTH, ROWS, bias=bias, dtype=dtype).requires_grad_(False)
     keep = torch.rand(ROWS, WIDTH, generator=seeded(1)) < 0.5
@@ -36,30 +41,32 @@ def masked(dtype: torch.dtype = torch.float64, bias: bool = True, grid_bits: int
     if bias:
         linear.bias.copy_(torch.randn(ROWS, generator=seeded(3)))
     grid = rtn.quantize(linear.weight, grid_bits, 4)[1] if grid_bits else None
-    layer = MaskedLinear(linear, keep, RANK, 6.0, seeded(4), grid)
+    layer = MaskedLinear(linear, keep, RANK, 6.0, seeded(4), grid, FORMS[form])
     layer.B.data = torch.randn(ROWS, RANK, generator=seeded(5))
     if dtype == torch.float64:
         layer.A.data, layer.B.data = layer.A.data.double(), layer.B.data.double()
     return layer
 
 
+@every_form
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_and_gradients_equal_autograd(bias: bool) -> None:
-    layer = masked(bias=bias)
+def test_forward_and_gradients_equal_autograd(bias: bool, form: str) -> None:
+    layer = masked(bias=bias, form=form)
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=seeded(6)).requires_grad_()
     out = torch.randn(2, 5, ROWS, dtype=torch.float64, generator=seeded(7))
     y = layer(x)
     ours = torch.autograd.grad((y * out).sum(), [x, layer.A, layer.B])
     bias_term = layer.bias if bias else torch.zeros(ROWS, dtype=torch.float64)
-    twin = reference.mask_lora(x, layer.weight, bias_term, layer.keep, layer.A, layer.B, 6.0 / RANK)
+    twin = reference.FORMS[form](x, layer.weight, bias_term, layer.keep, layer.A, layer.B, 6.0 / RANK)
     theirs = torch.autograd.grad((twin * out).sum(), [x, layer.A, layer.B])
     torch.testing.assert_close(y, twin, rtol=1e-12, atol=1e-12)
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_by_finite_differences() -> None:
-    layer = masked()
+@every_form
+def test_gradients_by_finite_differences(form: str) -> None:
+    layer = masked(form=form)
     x = torch.randn(4, WIDTH, dtype=torch.float64, generator=seeded(6)).requires_grad_()
 
     def forward(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -77,13 +84,14 @@ def test_bias_learns_beside_the_adapter() -> None:
     assert layer.weight.grad is None
 
 
-def test_starts_at_the_pruned_weight() -> None:
+@every_form
+def test_starts_at_the_pruned_weight(form: str) -> None:
     linear = nn.Linear(WIDTH, ROWS)
     keep = torch.rand(ROWS, WIDTH, generator=seeded(1)) < 0.5
     linear.weight.data *= keep
-    layer = MaskedLinear(linear, keep, RANK, 6.0, seeded(), None)
+    layer = MaskedLinear(linear, keep, RANK, 6.0, seeded(), None, FORMS[form])
     assert torch.equal(layer.merged(), linear.weight)
-    largest = layer.A.detach().abs().max().item()
+    largest = layer.A.detach()[1:].abs().max().item()  # the first rank of scale_lora starts at one
     assert 0.5 * WIDTH**-0.5 < largest <= WIDTH**-0.5
 
 
@@ -311,7 +319,7 @@ def opt_125m() -> nn.Module:
 def test_trainable_share_of_opt_125m_as_printed(biases: bool, norms: bool, percent: str) -> None:
     model = opt_125m()
     total = sum(parameter.numel() for parameter in model.parameters())
-    freed = sum(parameter.numel() for parameter in free(model, biases=biases, norms=norms).values())
+    freed = sum(parameter.numel() for parameter in free(model, NONE | {"biases": biases, "norms": norms}).values())
     assert f"{100 * freed / total:.4f}" == f"0{percent}"
 
 
@@ -319,7 +327,7 @@ def test_norm_scales_and_shifts_of_opt_125m_as_printed() -> None:
     """The paper's LN column: the freed scales and their shifts."""
     model = opt_125m()
     total = sum(parameter.numel() for parameter in model.parameters())
-    scales = free(model, biases=False, norms=True)
-    shifts = free(model, biases=True, norms=False)
+    scales = free(model, NONE | {"norms": True})
+    shifts = free(model, NONE | {"biases": True})
     both = sum(p.numel() + shifts[name.removesuffix("weight") + "bias"].numel() for name, p in scales.items())
     assert f"{100 * both / total:.4f}" == "0.0307"

@@ -1,4 +1,4 @@
-"""MaskLoRA by plain autograd, and the learning rate of every step as two straight lines."""
+"""PERP's adapters by plain autograd, and the learning rate of every step as two straight lines."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,19 @@ from torch import Tensor
 def mask_lora(x: Tensor, W: Tensor, bias: Tensor, M: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """y = x (W + s * M o (B A))^T + bias, the whole matrix kept for autograd."""
     return F.linear(x, W + s * M * (B @ A), bias)
+
+
+def scale_lora(x: Tensor, W: Tensor, bias: Tensor, M: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """y = x (W o (B A))^T + bias."""
+    return F.linear(x, W * (B @ A), bias)
+
+
+def lora_prune(x: Tensor, W: Tensor, bias: Tensor, M: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """y = x (W + s * B A)^T + bias, the mask not looked at."""
+    return F.linear(x, W + s * (B @ A), bias)
+
+
+FORMS = {"mask_lora": mask_lora, "scale_lora": scale_lora, "lora_prune": lora_prune}
 
 
 def adam(start: Tensor, gradients: list[Tensor], rates: list[float], clip: float) -> Tensor:
