@@ -17,9 +17,17 @@ from tasks.reporting.plots import Plot, layer_sparsity, losses, perplexity_bytes
 METHODS = {
     "magnitude": "magnitude pruning",
     "wanda": "Wanda",
-    "mask_lora": "masked LoRA",
+    "sparsegpt": "SparseGPT",
+    "magnitude_obs": "magnitude with SparseGPT's update",
+    "wanda_obs": "Wanda with SparseGPT's update",
+    "alps": "ALPS",
     "subset": "training a few parameters",
+    "mask_lora": "masked LoRA",
+    "scale_lora": "ScaleLoRA",
+    "lora_prune": "LoRA cut to the mask",
+    "full": "training every parameter under the mask",
     "rtn": "rounding to nearest",
+    "given": "packing the grid that pruning rounded to",
     "gradient_ascent": "gradient ascent",
 }
 

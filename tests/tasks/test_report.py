@@ -1,5 +1,6 @@
 """The report, built from small hand-made inputs."""
 
+import importlib
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from compression.core.errors import Problem
 from tasks.report import build_report
+from tasks.reporting import page
 
 NAMES = ["dense", "pruned", "retrained", "quantized", "unlearned"]
 FOLDERS = ["model", "pruned", "retrained", "quantized", "unlearned"]
@@ -578,3 +580,9 @@ def test_odd_models_are_drawn_too(root: Path) -> None:
     for name in NAMES:
         change(root, f"data/evaluation/{name}.json", perplexity={"one": None})
     assert "No perplexity is known." in (report(root) / "index.html").read_text()
+
+
+@pytest.mark.parametrize("registry", ["pruning", "retraining", "quantization", "unlearning"])
+def test_the_page_has_words_for_every_method(registry: str) -> None:
+    methods = importlib.import_module(f"compression.{registry}").METHODS
+    assert set(methods) - {"none"} <= set(page.METHODS)
