@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compression.core import masks
 from compression.core.errors import Problem
-from compression.core.files import read_tensors, sha256, write_tensors, write_text
+from compression.core.files import join_tensors, read_tensors, sha256, write_tensors, write_text
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -153,10 +153,7 @@ class CheckpointWriter:
         for name in (MASKS, SCALES):
             parts = [self._part(name, index) for index in range(depth) if self._part(name, index).exists()]
             if parts:
-                joined: dict[str, Tensor] = {}
-                for part in parts:
-                    joined |= read_tensors(part)
-                write_tensors(self.folder / name, joined)
+                join_tensors(self.folder / name, parts)
         if config is not None:
             write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         weight_map, size = {}, 0

@@ -2,9 +2,11 @@
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
@@ -52,6 +54,38 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file whole or not at all."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda draft: save_file(ready, draft, metadata={"format": "pt"}))
+
+
+def join_tensors(path: Path, parts: list[Path]) -> None:
+    """Joins safetensors files into one, whole or not at all, with one tensor's bytes in memory.
+
+    The format is eight bytes that hold the header's length, a JSON header with type, shape and place of every
+    tensor, and their bytes one after the other.
+    """
+    found: dict[str, tuple[Path, int, dict[str, Any]]] = {}  # name -> file, where its bytes begin there, entry
+    for part in parts:
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found |= {name: (part, 8 + length + entry["data_offsets"][0], entry) for name, entry in header.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (_, _, entry) in sorted(found.items()):
+        start, end = end, end + entry["data_offsets"][1] - entry["data_offsets"][0]
+        entries[name] = entry | {"data_offsets": [start, end]}
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            for _, (part, place, entry) in sorted(found.items()):
+                with part.open("rb") as file:
+                    file.seek(place)
+                    out.write(file.read(entry["data_offsets"][1] - entry["data_offsets"][0]))
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:

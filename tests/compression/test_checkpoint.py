@@ -250,3 +250,17 @@ def test_journal_remembers_the_last_save(tmp_path: Path) -> None:
     finished, state = Journal(tmp_path / "j").load()
     assert finished == 2
     assert {name: tensor.tolist() for name, tensor in state.items()} == {"hidden": [3.0, 3.0]}
+
+
+def test_joined_files_are_the_file_written_at_once(tmp_path: Path) -> None:
+    tensors = {
+        "b.1": torch.arange(12, dtype=torch.uint8).view(3, 4),
+        "a.0": torch.arange(5, dtype=torch.uint8).view(1, 5),
+        "c.2": torch.ones(2, 2, dtype=torch.uint8),
+    }
+    for number, name in enumerate(tensors):
+        write_tensors(tmp_path / str(number), {name: tensors[name]})
+    files.join_tensors(tmp_path / "joined", [tmp_path / str(number) for number in range(3)])
+    write_tensors(tmp_path / "whole", tensors)
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_tensors(tmp_path / "joined").items())
