@@ -161,4 +161,7 @@ class _Walk:
             states[batch].copy_(self.skeleton.run(index, states[batch], self.batches[batch]))
 
         walk_in_step(len(self.batches), run, layers, see, change)
+        # What the functions above hold may wait for Python's collector of cycles, which does not count bytes.
+        seen.clear()
+        latest.clear()
         self.skeleton.release(index)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,9 @@ def workspace(tmp_path: Path, finished: Workspace) -> Workspace:
     """A copy of the finished pipeline."""
     shutil.copytree(finished.root, tmp_path / "project", symlinks=True)
     return Workspace(tmp_path / "project", finished.own)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell that starts the tests in the background has them ignore SIGINT, and every flow would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
