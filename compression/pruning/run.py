@@ -12,6 +12,7 @@ from compression.core import batches
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.journal import Journal
+from compression.core.memory import tidy
 from compression.core.progress import progress
 from compression.core.skeleton import Skeleton, linears
 from compression.lockstep import walk_in_step
@@ -97,6 +98,7 @@ def prune_model(
             raise Problem(missed[0], "no calibration token came by, so it cannot be pruned by its input")
         writer.write_block(index, tensors, keep, scales)
         journal.save(index + 1, _pack(ledger) | ({} if walk is None else {"hidden": walk.hidden}))
+        tidy(sum(tensor.nbytes for tensor in tensors.values()))
     return {layer: dict(sorted(ledger.get(layer, {}).items())) for layer in source.layers}
 
 
@@ -161,7 +163,6 @@ class _Walk:
             states[batch].copy_(self.skeleton.run(index, states[batch], self.batches[batch]))
 
         walk_in_step(len(self.batches), run, layers, see, change)
-        # What the functions above hold may wait for Python's collector of cycles, which does not count bytes.
-        seen.clear()
+        seen.clear()  # what the functions above hold may wait for the collector of cycles
         latest.clear()
         self.skeleton.release(index)
