@@ -1,6 +1,6 @@
 """Peak memory of pruning a Llama of 7 billion parameters, and that it does not grow with depth.
 
-    python -m benchmarks.streaming [--depths 8 16 32] [--folder /tmp/streaming]
+    python -m benchmarks.streaming [--depths 8 16 32] [--folder .work/streaming]
 
 Writes a checkpoint of Llama-2-7B's shape with random bfloat16 weights (13.5 GB with all 32 blocks), block by block,
 and prunes it by Wanda 2:4 with a short calibration, each depth in a process of its own. Needs 27 GB of disk.
@@ -87,7 +87,7 @@ def prune(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/streaming"))
+    parser.add_argument("--folder", type=Path, default=Path(".work/streaming"))
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.only:
