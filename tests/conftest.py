@@ -5,6 +5,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same cases on every machine: a commit is judged by what it changes. `--hypothesis-profile=search` draws new ones.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("search", max_examples=1000, deadline=None)
+settings.load_profile("fixed")
 
 Make = Callable[[str], Path]
 

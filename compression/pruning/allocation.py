@@ -86,11 +86,17 @@ def reachable_budget(sizes: Mapping[str, int], target: float, low: float, high: 
 
 
 def _bounds(sizes: Mapping[str, int], low: float, high: float, dense: Collection[str]) -> dict[str, tuple[int, int]]:
-    """Fewest and most weights that each layer that is not dense may drop."""
+    """Fewest and most weights that each layer that is not dense may drop.
+
+    Where no whole number lies between a layer's bounds, the whole numbers on either side of them are its bounds.
+    """
     least, most = Fraction(str(low)), Fraction(str(high))  # the decimals as written: 0.29 of 100 weights is 29
-    return {
-        layer: (math.ceil(least * size), math.floor(most * size)) for layer, size in sizes.items() if layer not in dense
-    }
+    bounds = {}
+    for layer, size in sizes.items():
+        if layer not in dense:
+            few, many = math.ceil(least * size), math.floor(most * size)
+            bounds[layer] = (few, many) if few <= many else (many, few)
+    return bounds
 
 
 def uniform(sizes: Mapping[str, int], target: float) -> dict[str, float]:
