@@ -28,7 +28,7 @@ from tasks.params.sensitivity import Sensitivity
 from tasks.params.speed import Speed
 from tasks.params.unlearn import Unlearn
 
-ADAPTERS = ("mask_lora", "scale_lora", "lora_prune")
+ADAPTERS = ("mask_lora", "scale_lora", "lora_prune", "lora")
 ROUNDING = ("sparsegpt", "magnitude_obs", "wanda_obs")  # pruning methods that can round in the same pass
 
 SECTIONS: list[type[Section]] = [
@@ -255,6 +255,59 @@ def adapters_have_masks(prune: Prune, retrain: Retrain, layers: dict[str, list[i
         )
 
 
+def retraining_is_sound(imp: Imp, retrain: Retrain, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """No key of retraining asks for what its objective does not do, or for a look at text that is not held out."""
+    for section, own in (("retrain", retrain), *([("imp.retrain", imp.retrain)] if imp.cycles else [])):
+        if own.method == "none":
+            continue
+        if own.objective != "next_token":
+            for key, off in (
+                ("head", False), ("embeddings", False), ("checkpointing", False), ("distillation", 0.0),
+                ("held_out", 0), ("search", []),
+            ):  # fmt: skip
+                if (value := getattr(own, key)) != off:
+                    yield Problem(
+                        f"{PARAMS}: {section}.{key}",
+                        f"`{value}` is for objective next_token, not for {own.objective}",
+                        f"valid: {json.dumps(off)}",
+                    )
+        elif own.held_out == 0:
+            for key, wanted in (("search", bool(own.search)), ("patience", own.patience > 0)):
+                if wanted:
+                    yield Problem(
+                        f"{PARAMS}: {section}.{key}",
+                        f"is judged on text that is not trained on, but {section}.held_out is 0",
+                        f"set {section}.held_out to some sequences, 8 say",
+                    )
+        for pattern in own.targets if layers else []:
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                yield Problem(
+                    f"{PARAMS}: {section}.targets",
+                    f"`{pattern}` matches no layer",
+                    "valid: patterns of names such as " + ", ".join(list(layers)[:7]),
+                )
+
+
+def adapter_stays_apart(
+    imp: Imp, retrain: Retrain, quantize: Quantize, unlearn: Unlearn, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """Method `lora` leaves an adapter beside the weights, which no later stage may change."""
+    if imp.cycles and imp.retrain.method == "lora":
+        yield Problem(
+            f"{PARAMS}: imp.retrain.method",
+            "`lora` leaves an adapter that the next cycle could not prune",
+            "valid: any other; mask_lora merges",
+        )
+    if retrain.method == "lora":
+        for section, method in (("quantize", quantize.method), ("unlearn", unlearn.method)):
+            if method != "none":
+                yield Problem(
+                    f"{PARAMS}: {section}.method",
+                    f"`{method}` would change the weights under the adapter of retrain.method lora",
+                    "valid: none; or a retrain.method that merges, such as mask_lora",
+                )
+
+
 def text_suffices(
     corpora: Corpora,
     calibrate: Calibrate,
@@ -276,8 +329,13 @@ def text_suffices(
             sensitivity.sequences * sensitivity.length,
         ),
         ("prune.sequences", "calibration", corpora.calibration, prune.sequences * prune.length),
-        ("imp.retrain.length", "training", corpora.training, imp.retrain.length if imp.cycles else 0),
-        ("retrain.length", "training", corpora.training, retrain.length),
+        (
+            "imp.retrain.length",
+            "training",
+            corpora.training,
+            (imp.retrain.held_out + 1) * imp.retrain.length if imp.cycles else 0,
+        ),
+        ("retrain.length", "training", corpora.training, (retrain.held_out + 1) * retrain.length),
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
         ("unlearn.length", "training", corpora.training, unlearn.length),
     ]
@@ -299,7 +357,7 @@ def text_suffices(
 RULES: list[Callable[..., Iterator[Problem]]] = [
     pattern_fits, scope_suits_method, rounding_suits_method, grid_is_passed_on, dense_layers_exist, allocation_fits,
     allocation_has_scores, allocation_keeps_mask, cycles_grow, pruning_goes_on, groups_fit, ranking_exists,
-    adapters_have_masks, text_suffices,
+    adapters_have_masks, retraining_is_sound, adapter_stays_apart, text_suffices,
 ]  # fmt: skip
 
 

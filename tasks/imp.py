@@ -20,7 +20,7 @@ from tasks.core.stage import open_stage
 from tasks.core.text import corpus_file
 from tasks.params.base import PARAMS, read
 from tasks.params.imp import Imp, folder
-from tasks.retrain import retrain
+from tasks.retrain import DENSE, retrain
 
 
 def main(name: str) -> None:
@@ -32,7 +32,9 @@ def main(name: str) -> None:
     cycle = params.cycles[name]
     method = import_module(METHODS[params.retrain.method])
     origin = Path(cycle.source)
-    stage = open_stage(f"imp-{name}", Path(folder(name)), [origin, corpus_file("training")], params)
+    stage = open_stage(
+        f"imp-{name}", Path(folder(name)), [*dict.fromkeys([origin, DENSE]), corpus_file("training")], params
+    )
     source = Checkpoint(origin)
     record = stage.record(params)
 

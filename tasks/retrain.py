@@ -8,6 +8,7 @@ from typing import Any
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
 from compression.retraining import METHODS
+from compression.retraining.reconstruct import reconstruct_model
 from compression.retraining.run import retrain_model
 from compression.training.loop import Recipe
 from tasks.core.entry import run_stage
@@ -18,14 +19,14 @@ from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.retrain import Retrain
 
-# Of the section, what methods look at.
-OPTIONS = {"biases", "norms", "head", "embeddings", "rank", "alpha", "start", "seed"}
+DENSE = DATA / "model"
+OBJECTIVES = {"next_token": retrain_model, "block": reconstruct_model, "half_block": reconstruct_model}
 
 
 def main() -> None:
     params = read(Retrain)
     method = import_module(METHODS[params.method])
-    stage = open_stage("retrain", DATA / "retrained", [DATA / "pruned", corpus_file("training")], params)
+    stage = open_stage("retrain", DATA / "retrained", [DATA / "pruned", DENSE, corpus_file("training")], params)
     folder = stage.work / "checkpoint"
     retrain(stage, Checkpoint(DATA / "pruned"), folder, method, params, stage.record(params), "retrain")
     stage.publish(folder)
@@ -50,13 +51,14 @@ def retrain(
     if params.method == "none":
         return pass_through(source, folder, record)
     writer = CheckpointWriter(folder, source.folder)
-    training = retrain_model(
+    training = OBJECTIVES[params.objective](
         source,
+        Checkpoint(DENSE),
         writer,
         Journal(stage.work / "journal"),
         method,
-        params.model_dump(include=OPTIONS),
-        Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
+        params.model_dump(),
+        Recipe(params.steps, params.learning_rate, params.warmup, params.clip, params.accumulation),
         read_sequences("training", None, params.length, f"params.yaml: {section}.length"),
         params.sequences,
         stage.device,

@@ -6,6 +6,7 @@
     block-00000.safetensors ...           one decoder or encoder block each
     masks.safetensors                     once pruned: packed bits, one tensor a layer
     scales.safetensors                    if pruned on to a grid and still there: its scales, one tensor a layer
+    adapter/                              if retrained by plain LoRA: see compression.core.adapter
     manifest.json                         where it comes from, and the hash of every file above
 
 `AutoModelForCausalLM.from_pretrained(folder)` loads it as it is. One file a block lets a stage stream, and
@@ -28,6 +29,7 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 MASKS = "masks.safetensors"
 SCALES = "scales.safetensors"
+ADAPTER = "adapter"
 OUTER = "outer.safetensors"
 
 
@@ -97,14 +99,15 @@ class CheckpointWriter:
 
     Args:
         folder: made if need be; blocks that are there from a killed run stay.
-        template: a folder whose config, tokenizer and other small files are taken over.
+        template: a folder whose config, tokenizer and other small files are taken over; its adapter is not, as it
+            belongs to the weights that it was trained on.
     """
 
     def __init__(self, folder: Path, template: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(template.iterdir()):
-            if file.suffix != ".safetensors" and file.name not in (INDEX, MANIFEST):
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, MANIFEST):
                 shutil.copyfile(file, folder / file.name)
 
     def write_outer(self, tensors: dict[str, Tensor]) -> None:
@@ -137,11 +140,17 @@ class CheckpointWriter:
     def link(self, source: Checkpoint, name: str) -> None:
         """Takes over a file of another checkpoint unchanged: a hard link where the disk can, else a copy."""
         target = self.folder / name
+        target.parent.mkdir(exist_ok=True)
         target.unlink(missing_ok=True)
         try:
             os.link(source.folder / name, target)
         except OSError:
             shutil.copyfile(source.folder / name, target)
+
+    def link_adapter(self, source: Checkpoint) -> None:
+        """Takes over the adapter of another checkpoint unchanged, if it has one."""
+        for name in [name for name in source.manifest["files"] if name.startswith(f"{ADAPTER}/")]:
+            self.link(source, name)
 
     def finish(self, depth: int, record: dict[str, Any], config: dict[str, Any] | None = None) -> None:
         """Joins masks and scales, writes config, index and, last, the manifest with every file's hash.
@@ -164,7 +173,9 @@ class CheckpointWriter:
         index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(self.folder / INDEX, json.dumps(index_file, indent=2) + "\n")
         files = {
-            file.name: sha256(file) for file in sorted(self.folder.iterdir()) if not file.name.startswith(MANIFEST)
+            file.relative_to(self.folder).as_posix(): sha256(file)
+            for file in sorted(self.folder.rglob("*"))
+            if file.is_file() and not file.name.startswith(MANIFEST)
         }
         manifest = record | {"depth": depth, "files": files}
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -3,13 +3,14 @@
 from typing import Any
 
 from compression.core import masks
+from compression.core.adapter import ADAPTER_TENSORS
 from compression.core.checkpoint import MASKS, OUTER, Checkpoint, block_file
 from compression.core.errors import Problem
-from compression.quantization.packed import block_reader
+from compression.quantization.packed import base_reader
 
 
 def measure_size(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Counts weights and bytes, block by block.
+    """Counts weights and bytes, block by block. An adapter counts by its bytes alone: the model is what it stands by.
 
     Returns:
         parameters: all of the model, embeddings and norms too.
@@ -18,13 +19,13 @@ def measure_size(checkpoint: Checkpoint) -> dict[str, Any]:
         zeros: share of the prunable weights that are zero, by mask or by rounding.
         layer_sparsity: by layer, where there is a mask.
         revived_weights: dropped weights that are not zero.
-        bytes: of the weight files. mask_bytes: of the mask file, which no runtime needs.
+        bytes: of the weight files, an adapter's among them. mask_bytes: of the mask file, which no runtime needs.
         bits_per_weight: 8 * bytes / parameters.
 
     Raises:
         Problem: a pruned weight came back to life.
     """
-    read, packed = block_reader(checkpoint), checkpoint.masks()
+    read, packed = base_reader(checkpoint), checkpoint.masks()
     parameters = sum(tensor.numel() for tensor in checkpoint.outer().values())
     prunable = dropped = zeros = revived = 0
     layer_sparsity: dict[str, float] = {}
@@ -58,4 +59,5 @@ def measure_size(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _weight_files(checkpoint: Checkpoint) -> list[str]:
-    return [OUTER, *(block_file(index) for index in range(checkpoint.depth))]
+    adapter = [name for name in [ADAPTER_TENSORS] if name in checkpoint.manifest["files"]]
+    return [OUTER, *(block_file(index) for index in range(checkpoint.depth)), *adapter]

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from compression.core.checkpoint import ADAPTER
 
 
 @torch.no_grad()
@@ -26,7 +29,10 @@ def measure_speed(
         process, or of the GPU where there is one.
     """
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    if (folder / ADAPTER).exists():
+        model = PeftModel.from_pretrained(model, str(folder / ADAPTER), autocast_adapter_dtype=False)
+    model = model.to(device).eval()
     loaded = time.perf_counter() - start
     prompt = torch.arange(prefill, device=device)[None] % model.config.vocab_size
 

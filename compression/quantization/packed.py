@@ -12,6 +12,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import Tensor
 
+from compression.core.adapter import read_adapter
 from compression.core.checkpoint import Checkpoint
 from compression.quantization.grid import Grid
 
@@ -44,10 +45,19 @@ def plain_weights(tensors: dict[str, Tensor], bits: dict[str, int]) -> dict[str,
     return plain
 
 
-def block_reader(checkpoint: Checkpoint) -> Callable[[int], dict[str, Tensor]]:
-    """Reads blocks of a checkpoint as plain weights, whether it is quantised or not."""
+def base_reader(checkpoint: Checkpoint) -> Callable[[int], dict[str, Tensor]]:
+    """Reads blocks of a checkpoint as plain weights, whether it is quantised or not; without its adapter."""
     bits = checkpoint.manifest.get("quantization", {}).get("bits", {})
     return lambda index: plain_weights(checkpoint.block(index), bits)
+
+
+def block_reader(checkpoint: Checkpoint) -> Callable[[int], dict[str, Tensor]]:
+    """Reads blocks as the weights that the model computes with: those of `base_reader`, and the adapter's share added.
+
+    Sums are float32. Computed in bfloat16 they are rounded once more, where the adapter beside the weights is not.
+    """
+    read, adapter = base_reader(checkpoint), read_adapter(checkpoint)
+    return read if adapter is None else lambda index: adapter.added(read(index))
 
 
 def config_entry(bits: dict[str, int], group_size: int) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 A method's module has
     attach(model, keep, options) -> (parameters, merge)
 which makes the model ready to learn: `parameters` by name are what is trained, and `merge(stored)` gives the
-tensors that have changed otherwise than through a parameter of that very name.
+tensors that have changed otherwise than through a parameter of that very name. A method whose adapter is not merged
+has
+    save(folder, parameters, options)
+as well, which writes it beside the weights.
 """
 
 METHODS = {
@@ -12,5 +15,6 @@ METHODS = {
     "mask_lora": "compression.retraining.mask_lora",
     "scale_lora": "compression.retraining.scale_lora",
     "lora_prune": "compression.retraining.lora_prune",
+    "lora": "compression.retraining.lora",
     "full": "compression.retraining.full",
 }

@@ -1,4 +1,4 @@
-"""Retrains a few parameters of a pruned model and writes it back, mask kept."""
+"""Retrains a few parameters of a pruned model on next-token loss and writes it back, mask kept."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.journal import Journal
-from compression.training.loop import Recipe, train
-from compression.training.text import Shuffled, next_token_loss
-from compression.training.whole import load_whole, read_whole, write_whole
+from compression.retraining.search import best_learning_rate
+from compression.training.loop import Recipe, Watch, train
+from compression.training.text import Shuffled, distillation_loss, next_token_loss
+from compression.training.whole import load_whole, read_whole, recompute_blocks, write_whole
 
 
 def retrain_model(
     source: Checkpoint,
+    dense: Checkpoint,
     writer: CheckpointWriter,
     journal: Journal,
     method: ModuleType,
@@ -30,23 +32,26 @@ def retrain_model(
     """Trains on next-token loss, merges, and writes every block; masks are proven as it writes.
 
     Args:
+        dense: the model before it was pruned, which teaches if there is distillation.
         method: a module of compression.retraining.METHODS.
-        options: its own settings; `seed` also draws the sequences.
+        options: its own settings (`seed` also draws the sequences), and those of training: checkpointing; distillation,
+            the share of the loss that is KL(dense || model); held_out, how many of the last sequences are not trained
+            on, and check_every and patience, how they are watched; search and search_steps, see best_learning_rate.
         ids: training text int64 [N, T].
-        sequences: a step.
+        sequences: a batch.
         dtype: of the forward and backward pass. Weights are written in the type in which they are stored.
 
     Returns:
-        trainable_parameters, trainable_share (of all parameters), losses by step, stopped, and merge_jump: by how
-        much the merge raised the loss of the first step's sequences, in nats; zero where adapters merge exactly.
+        trainable_parameters, trainable_share (of all parameters), losses by step, held_out losses by look, stopped,
+        learning_rate, searched (held-out loss by learning rate that was tried), and merge_jump: by how much the merge
+        raised the loss of the first batch, in nats; zero where adapters merge exactly.
 
     Raises:
         Problem: nothing to train; a loss that is not finite; a pruned weight that is not zero any more.
     """
     tensors, keep = read_whole(source, "load")
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
-    working = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    model = load_whole(source.folder, working, device)
+    model = load_whole(source.folder, _as(dtype, tensors), device)
     total = sum(tensor.numel() for tensor in tensors.values())
     parameters, merge = method.attach(model, keep, options)
     if not parameters:
@@ -55,27 +60,53 @@ def retrain_model(
             "nothing to train: no biases or norms are asked for (or there are none), and no mask for adapters",
             "set retrain.norms to true, or retrain.method to none",
         )
-    draw = Shuffled(ids, sequences, options["seed"])
+    if options["checkpointing"]:
+        recompute_blocks(model)
+    share = options["distillation"]
+    teacher = load_whole(dense.folder, _as(dtype, read_whole(dense, "load dense")[0]), device) if share else None
+    learned, watched = ids[: len(ids) - options["held_out"]], ids[len(ids) - options["held_out"] :]
+    draw = Shuffled(learned, sequences, options["seed"])
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        value = next_token_loss(model, draw(step))
+    def loss(batch: int) -> tuple[Tensor, dict[str, float]]:
+        chosen = draw(batch)
+        value = next_token_loss(model, chosen) if teacher is None else distillation_loss(model, teacher, chosen, share)
         return value, {"loss": value.item()}
 
-    curves, stopped = train(parameters, loss, recipe, journal, "retrain", sequences * ids.shape[1])
-    learned = _loss(model, draw(0))
+    def held_out() -> float:
+        return sum(_loss(model, row) for row in watched.split(1)) / len(watched)
+
+    tokens = sequences * ids.shape[1]
+    recipe, searched = best_learning_rate(
+        parameters, loss, held_out, recipe, options["search"], options["search_steps"], journal, tokens
+    )
+    watch = Watch(held_out, options["check_every"], options["patience"]) if len(watched) else None
+    before = held_out() if watch else None
+    curves, stopped = train(parameters, loss, recipe, journal, "retrain", tokens, watch=watch)
+
+    after = _loss(model, draw(0))
     changed = {name: parameter.detach() for name, parameter in parameters.items() if name in tensors} | merge(tensors)
-    jump = _loss(model, draw(0)) - learned
+    jump = _loss(model, draw(0)) - after
     tensors |= {name: tensor.to("cpu", stored[name]) for name, tensor in changed.items()}
     moved = any(f"{layer}.weight" in changed for layer in source.layers)
     write_whole(source, writer, tensors, keep, {} if moved else source.scales())
+    if hasattr(method, "save"):
+        method.save(writer.folder, parameters, options)
     count = sum(parameter.numel() for parameter in parameters.values())
     return {
         "trainable_parameters": count,
         "trainable_share": count / total,
         "losses": curves["loss"],
+        "held_out": [before, *curves["held_out"]] if watch else [],
         "stopped": stopped,
+        "learning_rate": recipe.learning_rate,
+        "searched": searched,
         "merge_jump": jump,
     }
+
+
+def _as(dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the type in which the model computes."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 @torch.no_grad()

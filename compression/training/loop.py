@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,22 @@ from compression.core.journal import Journal
 
 SAVE_EVERY = 10  # steps
 
+Figures = dict[str, float]
 Curves = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW without decay; linear warm-up over `warmup` of the steps, then linear decay to zero."""
+    """AdamW without decay; linear warm-up over `warmup` of the steps, then linear decay to zero.
+
+    The gradient of a step is the mean over `accumulation` batches, clipped to a norm of `clip`.
+    """
 
     steps: int
     learning_rate: float
     warmup: float
     clip: float
+    accumulation: int = 1
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -30,6 +36,20 @@ class Recipe:
         if step < warm:
             return self.learning_rate * (step + 1) / warm
         return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+
+
+class Watch(NamedTuple):
+    """A look at sequences that are not trained on; the values of the best look are those that training ends with.
+
+    Attributes:
+        loss: of those sequences, in nats a token.
+        every: steps from look to look; the last step is always looked at.
+        patience: looks without a new best after which training stops; 0: it never does.
+    """
+
+    loss: Callable[[], float]
+    every: int
+    patience: int
 
 
 def train(
@@ -40,29 +60,35 @@ def train(
     what: str,
     tokens: int,
     stop: Callable[[dict[str, float]], str | None] = lambda _: None,
+    watch: Watch | None = None,
 ) -> tuple[Curves, str]:
     """Trains `parameters` in place; a killed run goes on at its last saved step and ends with the same bytes.
 
     Args:
         parameters: by name. Those in less than float32 are trained through a float32 copy: a step of 1e-4 is
             lost in bfloat16.
-        loss: of a step, with figures worth keeping; draws its data from the step's number alone.
-        tokens: a step, for the bar.
+        loss: of a batch, by its number, with figures worth keeping; draws its data from that number alone.
+        tokens: a batch, for the bar.
         stop: is given the figures after each step; returns a reason to stop, or None.
+        watch: which values are best; without it, those of the last step.
 
     Returns:
-        the figures of all steps, by name, and why training ended.
+        the figures of all steps, by name, `held_out` among them at the steps that `watch` looked at, and why training
+        ended.
 
     Raises:
         Problem: the loss or its gradient is not finite.
     """
     masters = {name: nn.Parameter(own.detach().float().clone()) for name, own in parameters.items()}
+    best: dict[str, Tensor] = {}
     optimizer = torch.optim.AdamW(masters.values(), lr=0.0, weight_decay=0.0)
     first, state = journal.load()
     curves: Curves = {name[6:]: state[name].tolist() for name in state if name.startswith("curve.")}
     if first:
         _restore(optimizer, masters, state, first)
         _copy_back(masters, parameters)
+        best = {name[5:]: state[name].to(masters[name[5:]].device) for name in state if name.startswith("best.")}
+    stopped = "all steps taken"
     bar = tqdm(
         range(first, recipe.steps),
         desc=what,
@@ -73,10 +99,7 @@ def train(
         leave=False,
     )
     for step in bar:
-        value, figures = loss(step)
-        if not value.isfinite():
-            raise Problem(what, f"the loss is {value.item()} at step {step}", "lower the learning rate")
-        value.backward()
+        figures = _backward(loss, step, recipe.accumulation, what)
         for name, master in masters.items():
             own = parameters[name]
             master.grad = torch.zeros_like(master) if own.grad is None else own.grad.float()
@@ -90,13 +113,40 @@ def train(
         for name, figure in figures.items():
             curves.setdefault(name, []).append(figure)
         shown = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
-        bar.set_postfix_str(f"{shown}, {tokens * (bar.format_dict['rate'] or 0):.0f} tokens/s")
+        bar.set_postfix_str(f"{shown}, {tokens * recipe.accumulation * (bar.format_dict['rate'] or 0):.0f} tokens/s")
         if reason := stop(figures):
-            return curves, f"{reason} at step {step + 1}"
+            stopped = f"{reason} at step {step + 1}"
+        if watch and ((step + 1) % watch.every == 0 or step + 1 == recipe.steps):
+            looks = curves.setdefault("held_out", [])
+            looks.append(watch.loss())
+            if looks[-1] == min(looks):
+                best = {name: master.detach().clone() for name, master in masters.items()}
+            elif watch.patience and len(looks) - 1 - looks.index(min(looks)) >= watch.patience:
+                stopped = f"no better on held-out text for {watch.patience} looks at step {step + 1}"
+        if stopped != "all steps taken":
+            break
         if (step + 1) % SAVE_EVERY == 0:
             saved = {f"curve.{name}": torch.tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
+            saved |= {f"best.{name}": value for name, value in best.items()}
             journal.save(step + 1, _state(optimizer, masters) | saved)
-    return curves, "all steps taken"
+    if best:
+        for name, master in masters.items():
+            master.data.copy_(best[name])
+        _copy_back(masters, parameters)
+    return curves, stopped
+
+
+def _backward(loss: Callable[[int], tuple[Tensor, dict[str, float]]], step: int, batches: int, what: str) -> Figures:
+    """Gradients of a step, the mean over its batches; returns the mean of their figures."""
+    total: Figures = {}
+    for batch in range(step * batches, (step + 1) * batches):
+        value, figures = loss(batch)
+        if not value.isfinite():
+            raise Problem(what, f"the loss is {value.item()} at step {step}", "lower the learning rate")
+        (value / batches).backward()
+        for name, figure in figures.items():
+            total[name] = total.get(name, 0.0) + figure / batches
+    return total
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Which sequences a step sees, and the loss on them."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from compression.training.cross_entropy import mixed_cross_entropy
 
 
 class Shuffled:
@@ -29,6 +30,13 @@ class Shuffled:
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean loss in nats over the predicted tokens of ids [N, T], in float32."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(device))
+    ids = ids.to(next(model.parameters()).device)
+    return mixed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
+
+
+def distillation_loss(model: nn.Module, teacher: nn.Module, ids: Tensor, share: float) -> Tensor:
+    """(1 - share) * next_token_loss + share * KL(teacher || model), in nats over the predicted tokens of ids [N, T]."""
+    ids = ids.to(next(model.parameters()).device)
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits
+    return mixed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids, wanted, share)

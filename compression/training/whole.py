@@ -1,14 +1,16 @@
 """The whole model in memory, which training needs."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint as recomputation
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.progress import progress
-from compression.core.skeleton import empty_model
+from compression.core.skeleton import empty_model, find_blocks
 
 
 def load_whole(folder: Path, tensors: dict[str, Tensor], device: torch.device) -> nn.Module:
@@ -23,6 +25,13 @@ def load_whole(folder: Path, tensors: dict[str, Tensor], device: torch.device) -
     model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.to(device).requires_grad_(False)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keeps only what enters each block for the backward pass, and computes the block anew there."""
+    blocks: nn.ModuleList = model.get_submodule(find_blocks(model))  # type: ignore[assignment]
+    for block in blocks:
+        block.forward = partial(recomputation.checkpoint, block.forward, use_reentrant=False)
 
 
 def read_whole(checkpoint: Checkpoint, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -19,4 +19,5 @@ def pass_through(source: Checkpoint, folder: Path, record: dict[str, Any]) -> No
     names = [OUTER, *(block_file(index) for index in range(source.depth))]
     for name in names + [name for name in (MASKS, SCALES) if name in source.manifest["files"]]:
         writer.link(source, name)
+    writer.link_adapter(source)
     writer.finish(source.depth, lineage(source) | record)

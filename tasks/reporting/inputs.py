@@ -59,6 +59,16 @@ class Speed(Record):
     peak_memory_bytes: int
 
 
+class BlockError(Record):
+    """How far a reconstructed block, or half of one, is from the dense one; 1 is as bad as leaving it out."""
+
+    block: int
+    part: str
+    before: float
+    after: float
+    learned: bool
+
+
 class Training(Record):
     """What retraining and unlearning say of themselves; losses in nats a token, by step."""
 
@@ -69,6 +79,10 @@ class Training(Record):
     forget_losses: list[float] = []
     retain_losses: list[float] = []
     changed_codes: float | None = None
+    held_out: list[float] = []
+    searched: dict[str, float] = {}
+    merge_jump: float = 0.0
+    block_errors: list[BlockError] = []
 
     @property
     def curves(self) -> dict[str, list[float]]:

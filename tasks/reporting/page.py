@@ -10,7 +10,7 @@ import pandas as pd
 from tasks.reporting import formatting
 from tasks.reporting.figures import block_of
 from tasks.reporting.formatting import listed, megabytes, number, percent, perplexity, ratio, rise, setting, times
-from tasks.reporting.inputs import Manifest, Run
+from tasks.reporting.inputs import Manifest, Run, Training
 from tasks.reporting.notes import NOISE, alarms, notes, timing_spread
 from tasks.reporting.plots import Plot, layer_sparsity, losses, perplexity_bytes, sensitivity
 
@@ -25,6 +25,7 @@ METHODS = {
     "mask_lora": "masked LoRA",
     "scale_lora": "ScaleLoRA",
     "lora_prune": "LoRA cut to the mask",
+    "lora": "LoRA kept beside the weights",
     "full": "training every parameter under the mask",
     "rtn": "rounding to nearest",
     "given": "packing the grid that pruning rounded to",
@@ -102,6 +103,17 @@ def _deeds(run: Run) -> list[str]:
     return [deeds[name].format(METHODS.get(method, method)) for name, method in methods.items() if method]
 
 
+def _block_errors(training: Training) -> str:
+    """Mean error of the parts that were reconstructed, relative to what a dense block adds."""
+    before, after = (
+        sum(getattr(part, when) for part in training.block_errors) / len(training.block_errors)
+        for when in ("before", "after")
+    )
+    left = sum(not part.learned for part in training.block_errors)
+    tail = f"; {left} of {len(training.block_errors)} left as they were" if left else ""
+    return f"{percent(before, 2)} to {percent(after, 2)} on average{tail}"
+
+
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """Label, figure and remark of the few numbers that stand large at the top: the last checkpoint's."""
     first, last = run["dense"], run["unlearned"]
@@ -140,6 +152,15 @@ def _details(manifest: Manifest) -> dict[str, str]:
             told["parameters trained"] = f"{number(training.trainable_parameters, 0)} ({share})"
         for name, curve in training.curves.items():
             told[f"{name} loss"] = f"{number(curve[0], 3)} → {number(curve[-1], 3)} in {len(curve)} steps"
+        if training.searched:
+            tried = [f"{rate} ({number(loss, 3)})" for rate, loss in training.searched.items()]
+            told["learning rates tried"] = f"{listed(tried)}, loss on held-out text"
+        if len(training.held_out) > 1:
+            told["held-out loss"] = f"{number(training.held_out[0], 3)} to {number(min(training.held_out), 3)}"
+        if training.merge_jump:
+            told["lost by merging"] = f"{number(training.merge_jump, 3)} nats"
+        if training.block_errors:
+            told["error of a block"] = _block_errors(training)
         told["stopped"] = training.stopped
         if training.changed_codes is not None:
             told["weights changed"] = percent(training.changed_codes, 2)

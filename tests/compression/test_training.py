@@ -14,6 +14,7 @@ from compression.core.journal import Journal
 from compression.quantization import rtn
 from compression.retraining.parameters import free
 from compression.training import loop
+from compression.training.cross_entropy import mixed_cross_entropy
 from compression.training.loop import Recipe, train
 from compression.training.masked_linear import LORA_PRUNE, MASK_LORA, SCALE_LORA, MaskedLinear, attach
 from compression.training.text import Shuffled, next_token_loss
@@ -293,6 +294,26 @@ def test_next_token_loss_is_transformers_own(original: Make, ids: Tensor) -> Non
     model = whole_model(original("llama"))
     with torch.no_grad():
         torch.testing.assert_close(next_token_loss(model, ids), model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_cross_entropy_and_its_gradient_equal_autograd(share: float) -> None:
+    ids = torch.randint(0, 300, (3, 150), generator=seeded(1))
+    logits = torch.randn(3, 150, 300, generator=seeded(2), dtype=torch.float64) * 3
+    teacher = torch.randn(3, 150, 300, generator=seeded(3), dtype=torch.float64) * 3
+    twin = logits.clone().requires_grad_()
+    log_p, log_q = twin[:, :-1].log_softmax(-1), teacher[:, :-1].log_softmax(-1)
+    plain = -log_p.gather(2, ids[:, 1:, None]).mean()
+    expected = (1 - share) * plain + share * (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    (2 * expected).backward()
+    own = logits.clone().float().requires_grad_()
+    loss = mixed_cross_entropy(own, ids, teacher.float() if share else None, share)
+    (2 * loss).backward()
+    assert twin.grad is not None
+    assert own.grad is not None
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.grad.double(), twin.grad, rtol=1e-4, atol=1e-8)
+    assert (own.grad[:, -1] == 0).all()
 
 
 # What PERP frees.

@@ -378,6 +378,26 @@ def test_stages_tell_how_they_trained_and_stored(root: Path) -> None:
     assert ("versions", "python 3.11.7, torch 2.13.0") in told["download"]
 
 
+def test_searches_held_out_text_and_reconstruction_are_told(root: Path) -> None:
+    errors = [
+        {"block": 0, "part": "attention", "before": 0.02, "after": 0.01, "learned": True},
+        {"block": 0, "part": "mlp", "before": 0.06, "after": 0.06, "learned": False},
+    ]
+    training = MANIFESTS[2]["training"] | {
+        "searched": {"0.0005": 3.4, "0.005": 3.9},
+        "held_out": [3.61, 3.35, 3.4],
+        "merge_jump": 0.0123,
+        "block_errors": errors,
+    }
+    change(root, "data/retrained/manifest.json", training=training)
+    html = (report(root) / "index.html").read_text().replace("\u00a0", " ")
+    told = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', html))
+    assert told["learning rates tried"] == "0.0005 (3.400) and 0.005 (3.900), loss on held-out text"
+    assert told["held-out loss"] == "3.610 to 3.350"
+    assert told["lost by merging"] == "0.012 nats"
+    assert told["error of a block"] == "4.00 % to 3.50 % on average; 1 of 2 left as they were"
+
+
 def test_sensitive_blocks_are_told(root: Path) -> None:
     sentence = "the blocks that quantisation kept at 8 bits"
     assert sentence in (report(root) / "index.html").read_text()
