@@ -30,7 +30,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def empty_model(folder: Path) -> nn.Module:
-    """The architecture that config.json describes, weights on the meta device, buffers real.
+    """The architecture that config.json describes, weights on the meta device, buffers real, attention ours.
 
     Raises:
         Problem: transformers does not know the architecture.
@@ -44,6 +44,8 @@ def empty_model(folder: Path) -> nn.Module:
         raise Problem(str(folder / "config.json"), f"transformers has no architecture `{name}`")
     with init_empty_weights(include_buffers=False):
         model: nn.Module = architecture._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
+    if model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+        model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
 
 
@@ -98,8 +100,6 @@ class Skeleton:
         dtype: torch.dtype,
     ) -> None:
         self.model = empty_model(folder)
-        if self.model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
-            self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
         self.device, self.dtype = device, dtype
         self.path = find_blocks(self.model)
         self._block = block

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 128  # tokens whose float32 logits are alive at a time
+ROWS = 64  # tokens whose float32 logits are alive at a time
 
 
 def mixed_cross_entropy(logits: Tensor, ids: Tensor, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
@@ -29,48 +28,53 @@ def mixed_cross_entropy(logits: Tensor, ids: Tensor, teacher: Tensor | None = No
 
 
 class _MixedCrossEntropy(torch.autograd.Function):
+    """The gradient is made beside the loss, from the same softmax: logits need not be kept for the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, teacher: Tensor | None, share: float) -> Tensor:
+        tokens = ids.shape[0] * (ids.shape[1] - 1)
         total = torch.zeros((), device=logits.device, dtype=torch.float64)
-        for p, following, q in _parts(logits, ids, teacher):
-            log_p = p.float().log_softmax(1)
-            total += (1 - share) * F.nll_loss(log_p, following, reduction="sum")
-            if q is not None:
-                total += share * F.kl_div(log_p, q.float().log_softmax(1), reduction="sum", log_target=True)
-        ctx.save_for_backward(logits, ids, teacher)
-        ctx.share = share
-        return (total / _predicted(ids)).float()
+        slope = torch.empty_like(logits) if logits.requires_grad else None
+        mine, yours = (torch.empty(ROWS, logits.shape[2], device=logits.device) for _ in range(2))
+        for row, here, following in _parts(ids):
+            own, places = logits[row, here], torch.arange(len(following), device=logits.device)
+            p, log_sum = _softmax(own, mine)
+            total += (1 - share) * (log_sum - own[places, following]).sum()
+            if teacher is not None:
+                theirs = teacher[row, here]
+                q, other_sum = _softmax(theirs, yours)
+                total += share * ((q * (theirs - own)).sum(1) - other_sum + log_sum).sum()
+                p.sub_(q, alpha=share)
+            if slope is not None:
+                p[places, following] -= 1 - share
+                slope[row, here] = p.mul_(1 / tokens)
+        if slope is not None:
+            slope[:, -1] = 0
+        ctx.save_for_backward(slope)
+        return (total / tokens).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, ids, teacher = ctx.saved_tensors
-        scale = grad.float() / _predicted(ids)
-        pull = torch.empty_like(logits)
-        pull[:, -1] = 0
-        into = _parts(pull, ids, None)
-        for (p, following, q), (out, _, _) in zip(_parts(logits, ids, teacher), into, strict=True):
-            slope = p.float().softmax(1)
-            slope[torch.arange(len(slope), device=slope.device), following] -= 1 - ctx.share
-            if q is not None:
-                slope -= q.float().softmax(1).mul_(ctx.share)
-            out.copy_(slope.mul_(scale))
-        return pull, None, None, None
+        (slope,) = ctx.saved_tensors
+        return slope.mul_(grad.to(slope.dtype)), None, None, None
 
 
-def _parts(logits: Tensor, ids: Tensor, teacher: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Views of at most ROWS tokens: logits [n, V], the tokens that follow [n], the teacher's logits."""
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax of logits [n, V] in float32, in the first rows of `out`, and log sum exp [n]: no new memory, which costs
+    more time than what is computed there."""
+    p = out[: len(logits)].copy_(logits)
+    top = p.amax(1, keepdim=True)
+    sums = p.sub_(top).exp_().sum(1, keepdim=True)
+    p.div_(sums)
+    return p, (sums.log() + top).squeeze(1)
+
+
+def _parts(ids: Tensor) -> list[tuple[int, slice, Tensor]]:
+    """At most ROWS tokens of a sequence each: its row, the tokens' places, the tokens that follow them [n]."""
     last = ids.shape[1] - 1
     return [
-        (
-            logits[row, start : min(start + ROWS, last)],
-            ids[row, start + 1 : start + 1 + ROWS],
-            None if teacher is None else teacher[row, start : min(start + ROWS, last)],
-        )
+        (row, slice(start, min(start + ROWS, last)), ids[row, start + 1 : start + 1 + ROWS])
         for row in range(len(ids))
         for start in range(0, last, ROWS)
     ]
-
-
-def _predicted(ids: Tensor) -> int:
-    return ids.shape[0] * (ids.shape[1] - 1)

@@ -81,7 +81,7 @@ def train(
     """
     masters = {name: nn.Parameter(own.detach().float().clone()) for name, own in parameters.items()}
     best: dict[str, Tensor] = {}
-    optimizer = torch.optim.AdamW(masters.values(), lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(masters.values(), lr=0.0, weight_decay=0.0, fused=True)
     first, state = journal.load()
     curves: Curves = {name[6:]: state[name].tolist() for name in state if name.startswith("curve.")}
     if first:

@@ -24,28 +24,34 @@ from compression.quantization.grid import Grid
 
 
 class Form(NamedTuple):
-    """How W' comes of P = B A; both work in place on their first argument, [out, in] like W and M.
+    """How W' comes of B A; W and M [out, in], B [out, r], A [r, in].
 
     Attributes:
-        effective: (P, W, M, s) -> W'.
-        pull: (dL/dW', W, M, s) -> dL/dP.
+        effective: (W, M, B, A, s) -> W'.
+        pull: (dL/dW', W, M) -> dL/d(s B A), in place.
     """
 
-    effective: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    pull: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    effective: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def _ones(M: Tensor, dtype: torch.dtype) -> Tensor:
+    """M as ones and zeros; torch takes eight times as long to cast it, or to multiply with it, as bool."""
+    return M.view(torch.uint8).to(dtype)
+
+
+# W is zero where M is, so M o (W + s B A) = W + s M o (B A).
 MASK_LORA = Form(
-    lambda P, W, M, s: P.mul_(s).mul_(M).add_(W),
-    lambda grad, W, M, s: grad.mul_(M).mul_(s),
+    lambda W, M, B, A, s: torch.addmm(W, B, A, alpha=s).mul_(_ones(M, W.dtype)),
+    lambda grad, W, M: grad.mul_(_ones(M, grad.dtype)),
 )
 SCALE_LORA = Form(
-    lambda P, W, M, s: P.mul_(W),
-    lambda grad, W, M, s: grad.mul_(W),
+    lambda W, M, B, A, s: (B @ A).mul_(W),
+    lambda grad, W, M: grad.mul_(W),
 )
 LORA_PRUNE = Form(
-    lambda P, W, M, s: P.mul_(s).add_(W),
-    lambda grad, W, M, s: grad.mul_(s),
+    lambda W, M, B, A, s: torch.addmm(W, B, A, alpha=s),
+    lambda grad, W, M: grad,
 )
 
 
@@ -65,10 +71,10 @@ class _MaskedLowRank(torch.autograd.Function):
         layer: MaskedLinear = ctx.layer
         grad_x = grad @ layer.effective(A, B, x.dtype) if ctx.needs_input_grad[0] else None
         # dL/dW' is the one dense matrix, gone after two thin products.
-        grad_product = layer.form.pull(grad.t() @ x, layer.weight.to(x.dtype), layer.keep, layer.scaling)
+        grad_product = layer.form.pull(grad.t() @ x, layer.weight.to(x.dtype), layer.keep)
         grad_A = B.to(x.dtype).t() @ grad_product
         grad_B = grad_product @ A.to(x.dtype).t()
-        return grad_x, grad_A.to(A.dtype), grad_B.to(B.dtype), None
+        return grad_x, grad_A.to(A.dtype).mul_(layer.scaling), grad_B.to(B.dtype).mul_(layer.scaling), None
 
 
 class MaskedLinear(nn.Module):
@@ -98,7 +104,8 @@ class MaskedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.keep: Tensor
         self.register_buffer("keep", keep.to(linear.weight.device), persistent=False)
-        self.scaling, self.grid, self.form = alpha / rank, grid, form
+        self.scaling = 1.0 if form is SCALE_LORA else alpha / rank  # s; scale_lora has none
+        self.grid, self.form = grid, form
         bound = 1 / math.sqrt(linear.in_features)
         start = torch.rand(rank, linear.in_features, generator=generator) * 2 * bound - bound
         self.A = nn.Parameter(start.to(linear.weight.device))
@@ -115,7 +122,7 @@ class MaskedLinear(nn.Module):
     def effective(self, A: Tensor, B: Tensor, dtype: torch.dtype, stored: Tensor | None = None) -> Tensor:
         """W' [out, in], in `dtype`; `stored` is W if not the copy that the layer computes with."""
         start = (self.weight if stored is None else stored).to(dtype)
-        weight = self.form.effective(B.to(dtype) @ A.to(dtype), start, self.keep, self.scaling)
+        weight = self.form.effective(start, self.keep, B.to(dtype), A.to(dtype), self.scaling)
         return weight if self.grid is None else self.grid.values(self.grid.codes(weight)).to(dtype)
 
     @torch.no_grad()
