@@ -1,6 +1,7 @@
 """params.yaml is checked before anything runs: one readable line for each fault."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -241,3 +242,43 @@ def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -
     assert "prune.bits: wanda does not round" in found
     assert "prune.group_size: 100 does not divide the 576 inputs" in found
     assert "`given` is the grid of prune.bits, but there is none" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"objective": "block", "distillation": 0.5}, ["retrain.distillation", "not for block", "valid: 0.0"]),
+        (
+            {"objective": "half_block", "held_out": 4},
+            ["retrain.held_out", "`4` is for objective next_token", "valid: 0"],
+        ),
+        ({"objective": "block", "head": True}, ["retrain.head", "valid: false"]),
+        ({"search": [1e-4, 1e-3]}, ["retrain.search", "retrain.held_out is 0"]),
+        ({"patience": 2}, ["retrain.patience", "judged on text that is not trained on"]),
+        ({"held_out": 500}, ["retrain.length", "tokens are needed of corpora.training"]),
+        ({"targets": ["*.up_proj", "*.query"]}, ["retrain.targets", "`*.query` matches no layer", "up_proj"]),
+        ({"method": "lora"}, ["quantize.method", "`rtn` would change the weights under the adapter"]),
+        ({"method": "lora"}, ["unlearn.method", "`gradient_ascent`", "valid: none"]),
+        ({"dropout": 1.0}, ["retrain.dropout", "less than 1"]),
+    ],
+)
+def test_retraining_that_cannot_be_is_told(document: dict[str, Any], changes: dict[str, Any], told: list[str]) -> None:
+    document["retrain"] |= changes
+    found = faults(document, WIDTHS)
+    assert any(all(part in fault for part in told) for fault in found), found
+
+
+def test_a_cycle_cannot_leave_an_adapter_apart(document: dict[str, Any]) -> None:
+    document["imp"]["retrain"]["method"] = "lora"
+    assert faults(document) == []
+    document["imp"]["cycles"] = CYCLES
+    assert any("imp.retrain.method: `lora` leaves an adapter" in fault for fault in faults(document))
+
+
+def test_examples_in_the_docs_are_sound(document: dict[str, Any]) -> None:
+    text = (ROOT / "docs/parameters.md").read_text(encoding="utf-8")
+    examples = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert len(examples) == 2
+    for example in examples:
+        changed = {name: values | example.get(name, {}) for name, values in document.items()}
+        assert faults(changed) == []
