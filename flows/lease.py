@@ -1,4 +1,4 @@
-"""GPU leases: one stage a GPU, over all flows of this user on this machine.
+"""GPU leases: a GPU for one stage at a time, over all flows of this user on this machine.
 
 A lease is a locked file per GPU. The lock belongs to the process and the stage it starts: a crash frees it.
 """
@@ -19,10 +19,10 @@ POLL = 0.5  # seconds between two looks for a free GPU
 
 @dataclass(frozen=True)
 class Lease:
-    """A GPU for one stage: the name CUDA_VISIBLE_DEVICES takes, and the lock file to hand to the stage."""
+    """GPUs for one stage: the names that CUDA_VISIBLE_DEVICES takes, and the lock files to hand to the stage."""
 
-    gpu: str
-    file: int
+    gpus: list[str]
+    files: list[int]
 
 
 def visible_gpus() -> list[str]:
@@ -45,24 +45,38 @@ def lease_folder() -> Path:
 
 
 @contextmanager
-def lease(gpus: list[str], cancelled: threading.Event, folder: Path | None = None) -> Iterator[Lease | None]:
-    """Waits for a free one of `gpus` and holds it; yields None without GPUs, or when cancelled first."""
+def lease(
+    gpus: list[str], cancelled: threading.Event, folder: Path | None = None, count: int = 1
+) -> Iterator[Lease | None]:
+    """Waits for `count` free ones of `gpus` at once (all, if there are fewer) and holds them.
+
+    Yields None without GPUs, or when cancelled first.
+    """
     folder = folder or lease_folder()
     taken = None
     while gpus and not cancelled.is_set():
-        taken = next((found for gpu in gpus if (found := _try(gpu, folder))), None)
+        taken = _try(gpus, min(count, len(gpus)), folder)
         if taken or cancelled.wait(POLL):
             break
     try:
         yield taken
     finally:
-        if taken:
-            os.close(taken.file)
+        for file in taken.files if taken else []:
+            os.close(file)
 
 
-def _try(gpu: str, folder: Path) -> Lease | None:
-    file = try_lock(folder / f"gpu-{re.sub('[^A-Za-z0-9-]', '_', gpu)}.lock")
-    return None if file is None else Lease(gpu, file)
+def _try(gpus: list[str], count: int, folder: Path) -> Lease | None:
+    """So many free GPUs, or none of them: who holds some while it waits for others may wait for ever."""
+    held: dict[str, int] = {}
+    for gpu in gpus:
+        file = try_lock(folder / f"gpu-{re.sub('[^A-Za-z0-9-]', '_', gpu)}.lock")
+        if file is not None:
+            held[gpu] = file
+        if len(held) == count:
+            return Lease(list(held), list(held.values()))
+    for file in held.values():
+        os.close(file)
+    return None
 
 
 def _installed() -> list[str]:

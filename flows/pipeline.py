@@ -41,6 +41,7 @@ class Plan:
     workers: int
     gpus: list[str]
     pinned: bool  # does params.yaml name one GPU by number?
+    processes: dict[str, int]  # stages that may use more than one GPU, and how many
     lock: int  # file that holds the workspace
     console: Console
     cancelled: threading.Event
@@ -96,6 +97,7 @@ def _compress(root: Path, lock: int, target: str | None, workers: int | None, ch
         workers=workers or _workers(params, gpus),
         gpus=gpus,
         pinned=":" in _device(params),
+        processes={"retrain": int(params.get("retrain", {}).get("processes", 1))},
         lock=lock,
         console=Console(),
         cancelled=threading.Event(),
@@ -222,7 +224,7 @@ def _bring_up_to_date(plan: Plan, name: str, logger: Any) -> Answer:
     states: list[str] = []
     before = graph.outputs(plan.root / graph.LOCK).get(name)
     gpus = [] if name.partition("@")[0] in NO_GPU else plan.gpus
-    with lease(gpus, plan.cancelled) as held:
+    with lease(gpus, plan.cancelled, count=plan.processes.get(name, 1)) as held:
         if plan.cancelled.is_set():
             return Result("Cancelled"), False
         outcome = stage.run(
@@ -248,7 +250,7 @@ def _leased(plan: Plan, held: Lease | None) -> tuple[dict[str, str], list[int]]:
     if held is None:
         return {}, [plan.lock]
     # A stage that was told `cuda:1` needs to see GPU 0 as well, or there would be no number 1.
-    return {} if plan.pinned else {"CUDA_VISIBLE_DEVICES": held.gpu}, [plan.lock, held.file]
+    return {} if plan.pinned else {"CUDA_VISIBLE_DEVICES": ",".join(held.gpus)}, [plan.lock, *held.files]
 
 
 def _experiment(plan: Plan, values: dict[str, Any], target: str | None) -> State[Any]:
@@ -256,7 +258,7 @@ def _experiment(plan: Plan, values: dict[str, Any], target: str | None) -> State
     found: list[experiment.Found] = []
 
     def run() -> State[Any]:
-        with lease(plan.gpus, plan.cancelled) as held:
+        with lease(plan.gpus, plan.cancelled, count=max(plan.processes.values())) as held:
             logger = get_run_logger()
             found.append(
                 experiment.run(

@@ -271,7 +271,13 @@ def retraining_is_sound(imp: Imp, retrain: Retrain, layers: dict[str, list[int]]
                         f"`{value}` is for objective next_token, not for {own.objective}",
                         f"valid: {json.dumps(off)}",
                     )
-        elif own.held_out == 0:
+        if own.accumulation % own.processes or (own.processes > 1 and own.objective != "next_token"):
+            yield Problem(
+                f"{PARAMS}: {section}.processes",
+                f"{own.processes} processes cannot share {own.accumulation} batches a step of {own.objective}",
+                f"valid: 1, or for objective next_token a divisor of {section}.accumulation",
+            )
+        if own.objective == "next_token" and own.held_out == 0:
             for key, wanted in (("search", bool(own.search)), ("patience", own.patience > 0)):
                 if wanted:
                     yield Problem(
@@ -298,6 +304,8 @@ def adapter_stays_apart(
             "`lora` leaves an adapter that the next cycle could not prune",
             "valid: any other; mask_lora merges",
         )
+    if imp.cycles and imp.retrain.processes > 1:
+        yield Problem(f"{PARAMS}: imp.retrain.processes", "a cycle is one process", "valid: 1")
     if retrain.method == "lora":
         for section, method in (("quantize", quantize.method), ("unlearn", unlearn.method)):
             if method != "none":

@@ -11,7 +11,9 @@ from compression.retraining import METHODS
 from compression.retraining.reconstruct import reconstruct_model
 from compression.retraining.run import retrain_model
 from compression.training.loop import Recipe
+from compression.training.workers import workers
 from tasks.core.entry import run_stage
+from tasks.core.launch import launch
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
 from tasks.core.stage import Stage, open_stage
@@ -27,9 +29,12 @@ def main() -> None:
     params = read(Retrain)
     method = import_module(METHODS[params.method])
     stage = open_stage("retrain", DATA / "retrained", [DATA / "pruned", DENSE, corpus_file("training")], params)
+    if launch(main, params.processes, stage.device, "params.yaml: retrain.processes"):
+        return
     folder = stage.work / "checkpoint"
     retrain(stage, Checkpoint(DATA / "pruned"), folder, method, params, stage.record(params), "retrain")
-    stage.publish(folder)
+    if workers().first:
+        stage.publish(folder)
 
 
 def retrain(
@@ -64,7 +69,8 @@ def retrain(
         stage.device,
         stage.dtype,
     )
-    writer.finish(source.depth, lineage(source) | record | {"training": training})
+    if workers().first:
+        writer.finish(source.depth, lineage(source) | record | {"training": training})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from compression.retraining.search import best_learning_rate
 from compression.training.loop import Recipe, Watch, train
 from compression.training.text import Shuffled, distillation_loss, next_token_loss
 from compression.training.whole import load_whole, read_whole, recompute_blocks, write_whole
+from compression.training.workers import workers
 
 
 def retrain_model(
@@ -30,6 +31,8 @@ def retrain_model(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Trains on next-token loss, merges, and writes every block; masks are proven as it writes.
+
+    Of several processes the first one writes.
 
     Args:
         dense: the model before it was pruned, which teaches if there is distillation.
@@ -88,9 +91,10 @@ def retrain_model(
     jump = _loss(model, draw(0)) - after
     tensors |= {name: tensor.to("cpu", stored[name]) for name, tensor in changed.items()}
     moved = any(f"{layer}.weight" in changed for layer in source.layers)
-    write_whole(source, writer, tensors, keep, {} if moved else source.scales())
-    if hasattr(method, "save"):
-        method.save(writer.folder, parameters, options)
+    if workers().first:
+        write_whole(source, writer, tensors, keep, {} if moved else source.scales())
+        if hasattr(method, "save"):
+            method.save(writer.folder, parameters, options)
     count = sum(parameter.numel() for parameter in parameters.values())
     return {
         "trainable_parameters": count,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compression.core.journal import Journal
 from compression.training.loop import Recipe, train
+from compression.training.workers import workers
 
 LOSS = "search.held_out"
 
@@ -44,7 +45,8 @@ def best_learning_rate(
             short = replace(recipe, steps=steps, learning_rate=rate)
             train(parameters, loss, short, own, f"learning rate {rate}", tokens)
             state = {LOSS: torch.tensor(held_out(), dtype=torch.float64)}
-            own.save(steps, state)
+            if workers().first:
+                own.save(steps, state)
         found[str(rate)] = state[LOSS].item()
         with torch.no_grad():
             for name, parameter in parameters.items():

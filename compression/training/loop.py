@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from compression.core.errors import Problem
 from compression.core.journal import Journal
+from compression.training.workers import summed, summed_figures, workers
 
 SAVE_EVERY = 10  # steps
 
@@ -64,6 +65,8 @@ def train(
 ) -> tuple[Curves, str]:
     """Trains `parameters` in place; a killed run goes on at its last saved step and ends with the same bytes.
 
+    Where several processes train, the batches of a step are dealt out among them; the step is the same.
+
     Args:
         parameters: by name. Those in less than float32 are trained through a float32 copy: a step of 1e-4 is
             lost in bfloat16.
@@ -88,21 +91,21 @@ def train(
         _restore(optimizer, masters, state, first)
         _copy_back(masters, parameters)
         best = {name[5:]: state[name].to(masters[name[5:]].device) for name in state if name.startswith("best.")}
-    stopped = "all steps taken"
+    stopped, team = "all steps taken", workers()
     bar = tqdm(
         range(first, recipe.steps),
         desc=what,
         unit="step",
         total=recipe.steps,
         initial=first,
-        disable=None,
+        disable=None if team.first else True,
         leave=False,
     )
     for step in bar:
         figures = _backward(loss, step, recipe.accumulation, what)
         for name, master in masters.items():
             own = parameters[name]
-            master.grad = torch.zeros_like(master) if own.grad is None else own.grad.float()
+            master.grad = summed(torch.zeros_like(master) if own.grad is None else own.grad.float())
             own.grad = None
         norm = nn.utils.clip_grad_norm_(masters.values(), recipe.clip)
         if not norm.isfinite():
@@ -118,14 +121,14 @@ def train(
             stopped = f"{reason} at step {step + 1}"
         if watch and ((step + 1) % watch.every == 0 or step + 1 == recipe.steps):
             looks = curves.setdefault("held_out", [])
-            looks.append(watch.loss())
+            looks.append(summed_figures({"loss": watch.loss() / team.size})["loss"])
             if looks[-1] == min(looks):
                 best = {name: master.detach().clone() for name, master in masters.items()}
             elif watch.patience and len(looks) - 1 - looks.index(min(looks)) >= watch.patience:
                 stopped = f"no better on held-out text for {watch.patience} looks at step {step + 1}"
         if stopped != "all steps taken":
             break
-        if (step + 1) % SAVE_EVERY == 0:
+        if (step + 1) % SAVE_EVERY == 0 and team.first:
             saved = {f"curve.{name}": torch.tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
             saved |= {f"best.{name}": value for name, value in best.items()}
             journal.save(step + 1, _state(optimizer, masters) | saved)
@@ -137,16 +140,16 @@ def train(
 
 
 def _backward(loss: Callable[[int], tuple[Tensor, dict[str, float]]], step: int, batches: int, what: str) -> Figures:
-    """Gradients of a step, the mean over its batches; returns the mean of their figures."""
-    total: Figures = {}
-    for batch in range(step * batches, (step + 1) * batches):
+    """This process's share of a step's gradients, a mean over its batches; returns the mean of their figures."""
+    team, total = workers(), Figures()
+    for batch in range(step * batches + team.rank, (step + 1) * batches, team.size):
         value, figures = loss(batch)
         if not value.isfinite():
             raise Problem(what, f"the loss is {value.item()} at step {step}", "lower the learning rate")
         (value / batches).backward()
         for name, figure in figures.items():
             total[name] = total.get(name, 0.0) + figure / batches
-    return total
+    return summed_figures(total)
 
 
 @torch.no_grad()

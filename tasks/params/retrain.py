@@ -24,6 +24,7 @@ class Retrain(Section):
     steps: PositiveInt
     sequences: PositiveInt
     accumulation: PositiveInt
+    processes: PositiveInt
     checkpointing: bool
     distillation: Annotated[float, Field(ge=0, le=1)]
     length: Annotated[int, Field(ge=2)]

@@ -15,7 +15,7 @@ import sys, threading
 from pathlib import Path
 from flows.lease import lease
 with lease(["0", "1"], threading.Event(), Path(sys.argv[1])) as held:
-    print(held.gpu, flush=True)
+    print(held.gpus[0], flush=True)
     sys.stdin.read()
 """
 
@@ -59,6 +59,23 @@ def test_a_waiting_stage_can_be_cancelled(tmp_path: Path) -> None:
             assert other is None
     with lease(["0"], threading.Event(), tmp_path) as again:
         assert again is not None
+
+
+def test_several_gpus_are_taken_together_or_not_at_all(tmp_path: Path) -> None:
+    cancelled = threading.Event()
+    with lease(["0", "1", "2"], cancelled, tmp_path) as one:
+        assert one is not None
+        with lease(["0", "1", "2"], cancelled, tmp_path, count=2) as two:
+            assert two is not None
+            assert sorted(one.gpus + two.gpus) == ["0", "1", "2"]
+        threading.Timer(0.3, cancelled.set).start()
+        with lease(["0", "1", "2"], cancelled, tmp_path, count=3) as three:
+            assert three is None
+        with lease(["1", "2"], threading.Event(), tmp_path, count=2) as rest:  # the one that waited holds none of them
+            assert rest is not None
+    with lease(["0"], threading.Event(), tmp_path, count=4) as all_there_are:
+        assert all_there_are is not None
+        assert all_there_are.gpus == ["0"]
 
 
 def test_no_gpu_means_no_waiting(tmp_path: Path) -> None:
