@@ -261,6 +261,12 @@ def retraining_is_sound(imp: Imp, retrain: Retrain, layers: dict[str, list[int]]
         if own.method == "none":
             continue
         if own.objective != "next_token":
+            if own.method == "lora":
+                yield Problem(
+                    f"{PARAMS}: {section}.objective",
+                    f"`{own.objective}` merges each block before the next one, which method lora does not",
+                    "valid: next_token; or a method that merges, such as mask_lora",
+                )
             for key, off in (
                 ("head", False), ("embeddings", False), ("checkpointing", False), ("distillation", 0.0),
                 ("held_out", 0), ("search", []),

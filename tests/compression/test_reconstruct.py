@@ -415,7 +415,6 @@ def test_what_lies_outside_the_blocks_is_refused(
         rebuild(opt, dense, tmp_path / "x", text, **{kind: True})
 
 
-@pytest.mark.skipif("lora" not in METHODS, reason="no adapters beside the weights yet")
 def test_an_adapter_beside_the_weights_is_refused(
     opt: Checkpoint, dense: Checkpoint, tmp_path: Path, text: Tensor
 ) -> None:

@@ -261,6 +261,7 @@ def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -
         ({"method": "lora"}, ["unlearn.method", "`gradient_ascent`", "valid: none"]),
         ({"processes": 2, "accumulation": 3}, ["retrain.processes", "2 processes cannot share 3 batches"]),
         ({"processes": 2, "accumulation": 2, "objective": "block"}, ["retrain.processes", "valid: 1"]),
+        ({"method": "lora", "objective": "block"}, ["retrain.objective", "`block` merges each block"]),
         ({"dropout": 1.0}, ["retrain.dropout", "less than 1"]),
     ],
 )
