@@ -14,7 +14,7 @@ from compression.retraining.search import best_learning_rate
 from compression.training.loop import Recipe, Watch, train
 from compression.training.text import Shuffled, distillation_loss, next_token_loss
 from compression.training.whole import load_whole, read_whole, recompute_blocks, write_whole
-from compression.training.workers import workers
+from compression.training.workers import summed_figures, workers
 
 
 def retrain_model(
@@ -68,6 +68,7 @@ def retrain_model(
     share = options["distillation"]
     teacher = load_whole(dense.folder, _as(dtype, read_whole(dense, "load dense")[0]), device) if share else None
     learned, watched = ids[: len(ids) - options["held_out"]], ids[len(ids) - options["held_out"] :]
+    team = workers()
     draw = Shuffled(learned, sequences, options["seed"])
 
     def loss(batch: int) -> tuple[Tensor, dict[str, float]]:
@@ -76,7 +77,8 @@ def retrain_model(
         return value, {"loss": value.item()}
 
     def held_out() -> float:
-        return sum(_loss(model, row) for row in watched.split(1)) / len(watched)
+        own = watched[team.rank :: team.size]
+        return summed_figures({"loss": sum(_loss(model, row[None]) for row in own) / len(watched)})["loss"]
 
     tokens = sequences * ids.shape[1]
     recipe, searched = best_learning_rate(
@@ -91,7 +93,7 @@ def retrain_model(
     jump = _loss(model, draw(0)) - after
     tensors |= {name: tensor.to("cpu", stored[name]) for name, tensor in changed.items()}
     moved = any(f"{layer}.weight" in changed for layer in source.layers)
-    if workers().first:
+    if team.first:
         write_whole(source, writer, tensors, keep, {} if moved else source.scales())
         if hasattr(method, "save"):
             method.save(writer.folder, parameters, options)

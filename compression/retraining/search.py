@@ -36,6 +36,8 @@ def best_learning_rate(
     Returns:
         the recipe with the rate whose held-out loss is lowest, and the held-out loss by rate.
     """
+    if not rates:
+        return recipe, {}
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     found: dict[str, float] = {}
     for rate in rates:
@@ -51,6 +53,4 @@ def best_learning_rate(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(start[name])
-    if not found:
-        return recipe, found
     return replace(recipe, learning_rate=float(min(found, key=lambda rate: found[rate]))), found

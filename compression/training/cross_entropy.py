@@ -43,7 +43,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
             if teacher is not None:
                 theirs = teacher[row, here]
                 q, other_sum = _softmax(theirs, yours)
-                total += share * ((q * (theirs - own)).sum(1) - other_sum + log_sum).sum()
+                total += share * ((q * (theirs.float() - own)).sum(1) - other_sum + log_sum).sum()
                 p.sub_(q, alpha=share)
             if slope is not None:
                 p[places, following] -= 1 - share

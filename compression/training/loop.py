@@ -43,7 +43,7 @@ class Watch(NamedTuple):
     """A look at sequences that are not trained on; the values of the best look are those that training ends with.
 
     Attributes:
-        loss: of those sequences, in nats a token.
+        loss: of those sequences, in nats a token; the same in every process.
         every: steps from look to look; the last step is always looked at.
         patience: looks without a new best after which training stops; 0: it never does.
     """
@@ -121,7 +121,7 @@ def train(
             stopped = f"{reason} at step {step + 1}"
         if watch and ((step + 1) % watch.every == 0 or step + 1 == recipe.steps):
             looks = curves.setdefault("held_out", [])
-            looks.append(summed_figures({"loss": watch.loss() / team.size})["loss"])
+            looks.append(watch.loss())
             if looks[-1] == min(looks):
                 best = {name: master.detach().clone() for name, master in masters.items()}
             elif watch.patience and len(looks) - 1 - looks.index(min(looks)) >= watch.patience:
