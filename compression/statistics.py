@@ -45,11 +45,13 @@ class Factor(NamedTuple):
         upper: U float32 [in, in], upper triangular, H^-1 = U^T U.
         dead: bool [in], inputs that were zero on every token; H has a one on their diagonal.
         damping: lambda, as a share of the mean of the diagonal, with which H could be factored.
+        order: int64 [in], which input stands where in `upper` and `dead`.
     """
 
     upper: Tensor
     dead: Tensor
     damping: float
+    order: Tensor
 
 
 class Scaled(NamedTuple):
@@ -78,7 +80,7 @@ class Gram:
         self._sum = torch.zeros(width, width, device=device)
         self._held: list[Tensor] = []
         self._whole: Tensor | None = None
-        self._factors: dict[float, Factor] = {}  # layers that share an input share what is made of it
+        self._factors: dict[tuple[float, bool], Factor] = {}  # layers that share an input share what is made of it
         self._scaled: dict[float, Scaled] = {}
 
     def update(self, inputs: Tensor) -> None:
@@ -122,15 +124,18 @@ class Gram:
         whole = weight.float()
         return ((whole @ self.matrix()) * whole).sum().item()
 
-    def factor(self, damping: float) -> Factor:
+    def factor(self, damping: float, loudest_first: bool = False) -> Factor:
         """H factored, made once. Damping is raised tenfold until it can be.
+
+        Args:
+            loudest_first: inputs in the order of falling norms, not in their own.
 
         Raises:
             Problem: it cannot even with a damping of 1.
         """
-        if damping not in self._factors:
-            self._factors[damping] = self._factor(damping)
-        return self._factors[damping]
+        if (damping, loudest_first) not in self._factors:
+            self._factors[damping, loudest_first] = self._factor(damping, loudest_first)
+        return self._factors[damping, loudest_first]
 
     def scaled(self, damping: float) -> Scaled:
         """H with a unit diagonal and its eigenvectors, made once."""
@@ -138,8 +143,12 @@ class Gram:
             self._scaled[damping] = self._scale(damping)
         return self._scaled[damping]
 
-    def _factor(self, damping: float) -> Factor:
+    def _factor(self, damping: float, loudest_first: bool) -> Factor:
         matrix, dead = self._alive()
+        order = torch.arange(len(matrix), device=matrix.device)
+        if loudest_first:
+            order = matrix.diagonal().sort(descending=True, stable=True).indices
+            matrix, dead = matrix[order][:, order], dead[order]
         mean = matrix.diagonal().mean()
         while damping <= 1:
             damped = matrix.clone()
@@ -149,7 +158,7 @@ class Gram:
             if not fault:
                 upper = _inverse(lower).flip(0, 1)
                 if upper.isfinite().all():
-                    return Factor(upper, dead, damping)
+                    return Factor(upper, dead, damping, order)
             damping = max(10 * damping, 1e-4)
         raise Problem("X^T X", "cannot be factored", "raise prune.damping, or look whether the inputs are sound")
 

@@ -29,7 +29,7 @@ from flows.lease import Lease, lease, visible_gpus
 from flows.table import Result
 
 LOGGED = 200  # lines of a stage that go to Prefect's log; the console has them all
-NO_GPU = ("download", "corpus", "allocate", "report")  # stages that need none
+NO_GPU = ("download", "corpus", "allocate", "export", "report")  # stages that need none
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _by_sensitivity(params: Allocate, prune: Prune, sizes: dict[str, int]) -> di
     if params.rule == "owl":
         ratios = dict(zip(table["layer"], table["outlier_ratio"], strict=True))
         return allocation.owl(ratios, sizes, blocks, prune.sparsity, params.spread)
-    if table["pmpq"].isna().any():
+    if "pmpq" not in table or table["pmpq"].isna().any():
         raise Problem(
             "params.yaml: allocate.rule",
             "the sensitivity table has no `pmpq`",

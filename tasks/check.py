@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import Any
 
 from compression.core.errors import Problem
+from compression.export import FORMATS
 from compression.pruning import METHODS
 from compression.pruning.allocation import check_rule, reachable_budget
 from compression.pruning.pattern import NofM, check_width, make_pattern, parse_pattern
 from compression.quantization.bits import check_group_size
+from compression.sensitivity.similarity import check_samples
 from tasks.core.paths import DATA
 from tasks.params.allocate import Allocate, dense_layers
 from tasks.params.base import PARAMS, Section, load, nearest, read
@@ -19,6 +21,7 @@ from tasks.params.calibrate import Calibrate
 from tasks.params.compute import Compute
 from tasks.params.corpora import Corpora, Text
 from tasks.params.evaluate import Evaluate
+from tasks.params.export import Export
 from tasks.params.imp import MODEL, Imp, folder
 from tasks.params.model import Model
 from tasks.params.prune import Prune
@@ -32,7 +35,8 @@ ADAPTERS = ("mask_lora", "scale_lora", "lora_prune", "lora")
 ROUNDING = ("sparsegpt", "magnitude_obs", "wanda_obs")  # pruning methods that can round in the same pass
 
 SECTIONS: list[type[Section]] = [
-    Compute, Model, Corpora, Calibrate, Sensitivity, Allocate, Imp, Prune, Retrain, Quantize, Unlearn, Evaluate, Speed,
+    Compute, Model, Corpora, Calibrate, Sensitivity, Allocate, Imp, Prune, Retrain, Quantize, Unlearn, Export, Evaluate,
+    Speed,
 ]  # fmt: skip
 
 
@@ -160,14 +164,26 @@ def allocation_fits(allocate: Allocate, prune: Prune, layers: dict[str, list[int
         yield problem
 
 
+def sensitivity_can_be_measured(sensitivity: Sensitivity, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Groups divide every width, and there are sequences enough for the components."""
+    try:
+        if sensitivity.method in ("tdmpq", "measured"):
+            check_group_size(layers, sensitivity.group_size, "sensitivity.group_size")
+        if sensitivity.method == "cmpq" and sensitivity.similarity != "cka":
+            narrowest = min((rows for rows, _ in layers.values()), default=sensitivity.components)
+            check_samples(sensitivity.sequences, min(sensitivity.components, narrowest))
+    except Problem as problem:
+        yield problem
+
+
 def allocation_has_scores(
     allocate: Allocate, prune: Prune, sensitivity: Sensitivity, layers: dict[str, list[int]]
 ) -> Iterator[Problem]:
     """Sparsity is not dealt out by a column that the sensitivity stage does not fill."""
-    if prune.method != "none" and allocate.rule == "pmpq" and sensitivity.method == "none":
+    if prune.method != "none" and allocate.rule == "pmpq" and sensitivity.method != "pmpq":
         yield Problem(
             f"{PARAMS}: allocate.rule",
-            "`pmpq` goes by the blocks' sensitivity, but sensitivity.method is `none`",
+            f"`pmpq` goes by the blocks' loss increase when pruned, but sensitivity.method is `{sensitivity.method}`",
             "set sensitivity.method to pmpq, or allocate.rule to uniform, owl or global",
         )
 
@@ -210,14 +226,15 @@ def grid_is_passed_on(
         return
     if prune.bits is None or prune.method not in ROUNDING:
         yield Problem(
-            f"{PARAMS}: quantize.method", "`given` is the grid of prune.bits, but there is none", "valid: rtn"
+            f"{PARAMS}: quantize.method", "`given` is the grid of prune.bits, but there is none", "valid: rtn, gptq"
         )
         return
     for key, value, valid in (
         ("retrain.method", retrain.method, ("none", "subset")),  # any other moves weights off the grid
+        ("quantize.plan", quantize.plan, ("uniform",)),
         ("quantize.bits", quantize.bits, (prune.bits,)),
         ("quantize.group_size", quantize.group_size, (prune.group_size,)),
-        ("quantize.sensitive_share", quantize.sensitive_share, (0.0,)),
+        ("quantize.symmetric", quantize.symmetric, (True,)),
     ):
         if value not in valid:
             listed = ", ".join(map(str, valid))
@@ -234,14 +251,38 @@ def groups_fit(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Pro
         yield problem
 
 
-def ranking_exists(quantize: Quantize, sensitivity: Sensitivity, layers: dict[str, list[int]]) -> Iterator[Problem]:
-    """Bits are not dealt out by a column that the sensitivity stage does not fill."""
-    dealt = quantize.method != "none" and quantize.sensitive_share > 0
-    if dealt and quantize.by == "pmpq" and sensitivity.method == "none":
+def plan_has_scores(quantize: Quantize, sensitivity: Sensitivity, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Bits are not dealt out by a column, or at a width, that the sensitivity stage does not fill."""
+    if not quantize.ranks:
+        return
+    if quantize.by not in ("outlier_ratio", sensitivity.method):
         yield Problem(
             f"{PARAMS}: quantize.by",
-            "`pmpq` ranks the blocks, but sensitivity.method is `none`",
-            "set sensitivity.method to pmpq, quantize.by to outlier_ratio, or quantize.sensitive_share to 0",
+            f"`{quantize.by}` is not in the sensitivity table, since sensitivity.method is `{sensitivity.method}`",
+            f"set sensitivity.method to {quantize.by}, quantize.by to outlier_ratio, or quantize.plan to uniform",
+        )
+    costed = quantize.by in ("tdmpq", "measured")
+    if quantize.plan == "ceiling" and not costed:
+        yield Problem(
+            f"{PARAMS}: quantize.by", f"`{quantize.by}` does not say how far the loss rises", "valid: tdmpq, measured"
+        )
+    missing = [width for width in quantize.widths if width <= 8 and width not in sensitivity.widths]
+    if quantize.plan in ("budget", "ceiling") and costed and missing:
+        listed = ", ".join(map(str, sensitivity.widths))
+        yield Problem(
+            f"{PARAMS}: quantize.widths",
+            f"the cost of {missing[0]} bits is not measured",
+            f"valid: those of sensitivity.widths, {listed}; and 16",
+        )
+
+
+def plan_keeps_budget(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """There is a plan within the average number of bits."""
+    if quantize.method != "none" and quantize.plan == "budget" and quantize.average_bits < min(quantize.widths):
+        yield Problem(
+            f"{PARAMS}: quantize.average_bits",
+            f"{quantize.average_bits} is less than every width",
+            f"valid: from {min(quantize.widths)}",
         )
 
 
@@ -322,6 +363,38 @@ def adapter_stays_apart(
                 )
 
 
+def formats_suit_model(
+    export: Export, prune: Prune, retrain: Retrain, quantize: Quantize, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """Each format is for such a model, on such a grid, and there is no adapter that it has no place for."""
+    if "gguf" in export.formats and retrain.method == "lora" and export.source != "pruned":
+        yield Problem(
+            f"{PARAMS}: export.source",
+            f"`{export.source}` has the adapter of retrain.method lora beside its weights",
+            "valid: pruned; or a retrain.method that merges, such as mask_lora",
+        )
+    if "compact" in export.formats and prune.method == "none" and prune.source == MODEL:
+        yield Problem(
+            f"{PARAMS}: export.formats",
+            "compact leaves pruned weights out, but prune.method is `none`",
+            "set prune.method to another, or leave compact out",
+        )
+    rounded = quantize.method != "none" and export.source in ("quantized", "unlearned")
+    if "gguf" in export.formats and rounded and isinstance(quantize.group_size, int) and quantize.group_size % 32:
+        yield Problem(
+            f"{PARAMS}: export.formats",
+            f"gguf has blocks of 32 inputs, which quantize.group_size, {quantize.group_size}, does not fill",
+            "set quantize.group_size to a multiple of 32, or leave gguf out",
+        )
+    config = DATA / "model" / "config.json"
+    if "gguf" in export.formats and layers and config.exists():
+        try:
+            architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
+            import_module(FORMATS["gguf"]).supported(str(config), architectures)
+        except Problem as problem:
+            yield problem
+
+
 def text_suffices(
     corpora: Corpora,
     calibrate: Calibrate,
@@ -329,6 +402,7 @@ def text_suffices(
     imp: Imp,
     prune: Prune,
     retrain: Retrain,
+    quantize: Quantize,
     unlearn: Unlearn,
     evaluate: Evaluate,
     layers: dict[str, list[int]],
@@ -350,6 +424,12 @@ def text_suffices(
             (imp.retrain.held_out + 1) * imp.retrain.length if imp.cycles else 0,
         ),
         ("retrain.length", "training", corpora.training, (retrain.held_out + 1) * retrain.length),
+        (
+            "quantize.sequences",
+            "calibration",
+            corpora.calibration,
+            quantize.sequences * quantize.length if quantize.method == "gptq" else 0,
+        ),
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
         ("unlearn.length", "training", corpora.training, unlearn.length),
     ]
@@ -370,8 +450,9 @@ def text_suffices(
 
 RULES: list[Callable[..., Iterator[Problem]]] = [
     pattern_fits, scope_suits_method, rounding_suits_method, grid_is_passed_on, dense_layers_exist, allocation_fits,
-    allocation_has_scores, allocation_keeps_mask, cycles_grow, pruning_goes_on, groups_fit, ranking_exists,
-    adapters_have_masks, retraining_is_sound, adapter_stays_apart, text_suffices,
+    allocation_has_scores, allocation_keeps_mask, cycles_grow, pruning_goes_on, groups_fit, plan_has_scores,
+    plan_keeps_budget, adapters_have_masks, retraining_is_sound, adapter_stays_apart, formats_suit_model,
+    text_suffices, sensitivity_can_be_measured,
 ]  # fmt: skip
 
 

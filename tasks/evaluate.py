@@ -10,7 +10,7 @@ from compression.core.files import write_text
 from compression.core.skeleton import Skeleton
 from compression.evaluation.loss import token_losses
 from compression.evaluation.size import measure_size
-from compression.quantization.packed import block_reader
+from compression.quantization.packed import block_reader, plain_outer
 from tasks.checkpoints import CHECKPOINTS, checkpoint_name
 from tasks.core.entry import run_stage
 from tasks.core.paths import DATA
@@ -35,7 +35,7 @@ def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None
         for role in roles
     }
     checkpoint = Checkpoint(folder)
-    skeleton = Skeleton(folder, checkpoint.outer(), block_reader(checkpoint), stage.device, stage.dtype)
+    skeleton = Skeleton(folder, plain_outer(checkpoint), block_reader(checkpoint), stage.device, stage.dtype)
     losses = {role: each.double().mean() for role, each in token_losses(skeleton, texts).items()}
     figures = {
         "checkpoint": name,

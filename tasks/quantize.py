@@ -3,20 +3,23 @@
 from importlib import import_module
 
 import pandas as pd
+import torch
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
-from compression.core.errors import Problem
 from compression.core.journal import Journal
+from compression.export.vllm import vllm_faults
 from compression.quantization import METHODS
-from compression.quantization.bits import bits_by_sensitivity
-from compression.quantization.packed import config_entry
+from compression.quantization.method import Settings
 from compression.quantization.run import quantize_model
+from compression.quantization.scheme import Scheme, anatomy, config_entry, to_manifest
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
 from tasks.core.stage import open_stage
+from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.quantize import Quantize
+from tasks.plan import bits_by_layer
 
 TABLE = DATA / "sensitivity" / "sensitivity.csv"
 
@@ -24,33 +27,44 @@ TABLE = DATA / "sensitivity" / "sensitivity.csv"
 def main() -> None:
     params = read(Quantize)
     method = import_module(METHODS[params.method])
-    stage = open_stage("quantize", DATA / "quantized", [DATA / "retrained", TABLE], params)
+    stage = open_stage("quantize", DATA / "quantized", [DATA / "retrained", TABLE, corpus_file("calibration")], params)
     source = Checkpoint(DATA / "retrained")
     folder = stage.work / "checkpoint"
     if params.method == "none":
         pass_through(source, folder, stage.record(params))
         return stage.publish(folder)
-    bits = _bits(params, source)
+    if method.STATISTIC is None:
+        ids = torch.empty(0, 0, dtype=torch.int64)
+    else:
+        ids = read_sequences("calibration", params.sequences, params.length, "params.yaml: quantize.sequences")
+    bits = bits_by_layer(params, pd.read_csv(TABLE) if params.ranks else None, source.layers)
+    model = anatomy(source.folder)
+    schemes = all_schemes(params, bits, model.embedding)
+    entry = config_entry(schemes, model)  # first of all, since it refuses what would not load
     writer = CheckpointWriter(folder, source.folder)
-    quantize_model(source, writer, Journal(stage.work / "journal"), method, bits, params.group_size)
-    config = source.config() | {"quantization_config": config_entry(bits, params.group_size)}
-    quantization = {"quantization": {"group_size": params.group_size, "bits": bits}}
-    writer.finish(source.depth, lineage(source) | stage.record(params) | quantization, config)
+    ledger = quantize_model(
+        source,
+        writer,
+        Journal(stage.work / "journal"),
+        method,
+        schemes,
+        model,
+        Settings(params.group_size, params.symmetric, params.clip, params.order, params.damping),
+        ids,
+        stage.device,
+        stage.dtype,
+    )
+    quantization = to_manifest(schemes) | {"vllm_faults": vllm_faults(entry)}
+    record = stage.record(params) | {"quantization": quantization, "rounding": ledger}
+    writer.finish(source.depth, lineage(source) | record, source.config() | {"quantization_config": entry})
     stage.publish(folder)
 
 
-def _bits(params: Quantize, source: Checkpoint) -> dict[str, int]:
-    table = pd.read_csv(TABLE)
-    if params.sensitive_share and table[params.by].isna().any():
-        raise Problem(
-            "params.yaml: quantize.by",
-            f"the sensitivity table has no `{params.by}`",
-            "set sensitivity.method to pmpq, or quantize.sensitive_share to 0",
-        )
-    blocks = dict(zip(table["layer"], table["block"].astype(int), strict=True))
-    scores = dict(enumerate(table.groupby("block")[params.by].mean().tolist()))
-    layers = {layer: blocks[layer] for layer in source.layers}
-    return bits_by_sensitivity(scores, layers, params.sensitive_share, params.bits, params.sensitive_bits)
+def all_schemes(params: Quantize, bits: dict[str, int], embedding: str) -> dict[str, Scheme]:
+    """The scheme of every layer that is rounded, the embedding before the others if it is."""
+    wanted = {embedding: params.embeddings} if params.embeddings else {}
+    wanted |= {layer: width for layer, width in bits.items() if width <= 8}
+    return {layer: Scheme(width, params.group_size, params.symmetric) for layer, width in wanted.items()}
 
 
 if __name__ == "__main__":

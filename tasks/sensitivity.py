@@ -11,6 +11,7 @@ from compression.core.progress import progress
 from compression.core.skeleton import Skeleton
 from compression.sensitivity import METHODS
 from compression.sensitivity.outliers import outlier_ratio
+from compression.sensitivity.settings import Columns, Settings
 from tasks.core.entry import run_stage
 from tasks.core.paths import DATA
 from tasks.core.stage import open_stage
@@ -28,26 +29,38 @@ def main() -> None:
     stage = open_stage("sensitivity", DATA / "sensitivity", inputs, params)
     model = Checkpoint(DATA / "model")
 
-    scores: dict[int, float] = {}
+    columns: Columns = {}
     if params.method != "none":
         ids = read_sequences("calibration", params.sequences, params.length, "params.yaml: sensitivity.sequences")
         skeleton = Skeleton(model.folder, model.outer(), model.block, stage.device, stage.dtype)
-        scores = method.measure(skeleton, ids, Journal(stage.work / "journal"), params.sparsity)
+        settings = Settings(
+            params.per,
+            params.sparsity,
+            params.similarity,
+            params.components,
+            tuple(params.widths),
+            params.group_size,
+        )
+        columns = method.measure(skeleton, ids, Journal(stage.work / "journal"), settings)
 
-    norms = read_tensors(STATISTICS)
-    rows = []
-    for block in progress(range(model.depth), what="outliers", unit="block"):
-        tensors = model.block(block)
-        for layer in [name for name in model.layers if f"{name}.weight" in tensors]:
-            weight = tensors[f"{layer}.weight"]
-            ratio = outlier_ratio(weight, norms[layer], params.outlier_threshold)
-            rows.append((layer, block, weight.numel(), scores.get(block), ratio))
-    table = pd.DataFrame(rows, columns=["layer", "block", "parameters", "pmpq", "outlier_ratio"])
-
+    table = table_of(model, columns, params.outlier_threshold)
     folder = stage.work / "output"
     folder.mkdir(exist_ok=True)
     write_text(folder / "sensitivity.csv", table.to_csv(index=False))
     stage.publish(folder)
+
+
+def table_of(model: Checkpoint, columns: Columns, threshold: float) -> pd.DataFrame:
+    """A row a layer: layer, block, parameters, what was measured, outlier_ratio."""
+    norms, rows = read_tensors(STATISTICS), []
+    for block in progress(range(model.depth), what="outliers", unit="block"):
+        tensors = model.block(block)
+        for layer in [name for name in model.layers if f"{name}.weight" in tensors]:
+            weight = tensors[f"{layer}.weight"]
+            measured = [values[layer] for values in columns.values()]
+            ratio = outlier_ratio(weight, norms[layer], threshold)
+            rows.append((layer, block, weight.numel(), *measured, ratio))
+    return pd.DataFrame(rows, columns=["layer", "block", "parameters", *columns, "outlier_ratio"])
 
 
 if __name__ == "__main__":

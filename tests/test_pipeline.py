@@ -22,7 +22,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "sensitivity": {"sequences": 1, "length": 64},
     "prune": {"sequences": 8, "length": 128},
     "retrain": {"steps": 3, "sequences": 1, "length": 64},
+    "quantize": {"sequences": 8, "length": 128},
     "unlearn": {"steps": 3, "sequences": 1, "length": 64},
+    "export": {"formats": ["gguf", "compact"]},
     "evaluate": {"windows": 2, "length": 128, "forget_windows": 1, "forget_length": 128},
     "speed": {"prefill": 32, "decode": 4, "repeats": 1},
 }

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from compression.export import FORMATS
+from tasks.params.export import Export
 from tests.imports import ROOT, needed_files
 
 # stage -> package that holds its methods, whose name params.yaml gives
@@ -23,12 +25,17 @@ METHODS = {
 SECTIONS = {"download": "model", "corpus": "corpora", "imp": "imp.retrain"}
 # stage -> the section that names its method, where it is another stage's
 NAMED_IN = {"allocate": "prune"}
-STAGES = ["download", "corpus", "calibrate", *METHODS, "evaluate", "speed", "report"]
-CASES = [
-    (stage, method)
-    for stage in STAGES
-    for method in (importlib.import_module(METHODS[stage]).METHODS if stage in METHODS else [None])
-]
+STAGES = ["download", "corpus", "calibrate", *METHODS, "export", "evaluate", "speed", "report"]
+
+
+def registry(stage: str) -> dict[str, str]:
+    """Module of each of a stage's methods or formats; empty if there is but one way."""
+    if stage == "export":
+        return FORMATS
+    return dict(importlib.import_module(METHODS[stage]).METHODS) if stage in METHODS else {}
+
+
+CASES = [(stage, method) for stage in STAGES for method in registry(stage) or [None]]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def test_stages_are_those_of_the_design(stages: dict[str, Any]) -> None:
 def test_declared_code_is_what_the_stage_imports(stages: dict[str, Any], name: str, method: str | None) -> None:
     modules = [f"tasks.{name}"]
     if method:
-        modules.append(importlib.import_module(METHODS[name]).METHODS[method])
+        modules.append(registry(name)[method])
     loaded = needed_files(*modules)
     deps = declared(stages[name], name, method)
     missing = {file for file in loaded if not any(file == dep or file.startswith(dep + "/") for dep in deps)}
@@ -68,7 +75,7 @@ def test_declared_code_is_what_the_stage_imports(stages: dict[str, Any], name: s
 def test_no_code_is_declared_that_no_method_loads(stages: dict[str, Any], name: str) -> None:
     """A dependency too many makes a stage run again for nothing."""
     methods = [method for stage, method in CASES if stage == name]
-    modules = [importlib.import_module(METHODS[name]).METHODS[method] for method in methods if method]
+    modules = [registry(name)[method] for method in methods if method]
     loaded = needed_files(f"tasks.{name}", *modules)
     deps = {dep for method in methods for dep in declared(stages[name], name, method)}
     idle = [dep for dep in deps if dep.endswith(".py") and dep not in loaded and (ROOT / dep).stat().st_size]
@@ -87,6 +94,13 @@ def test_every_method_is_one_file_one_line_one_value(name: str) -> None:
     params = importlib.import_module(f"tasks.params.{section}")
     schema = getattr(params, section.capitalize()).model_json_schema()
     assert set(schema["properties"]["method"]["enum"]) == set(registry)
+
+
+def test_every_format_is_one_value() -> None:
+    """The registry and params.yaml's schema agree; each module is there."""
+    assert Export.model_json_schema()["properties"]["formats"]["items"]["enum"] == list(FORMATS)
+    assert all(module == f"compression.export.{name}" for name, module in FORMATS.items())
+    assert all(callable(importlib.import_module(module).write) for module in FORMATS.values())
 
 
 def test_a_stage_declares_the_section_it_reads(stages: dict[str, Any]) -> None:

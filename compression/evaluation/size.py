@@ -6,7 +6,7 @@ from compression.core import masks
 from compression.core.adapter import ADAPTER_TENSORS
 from compression.core.checkpoint import MASKS, OUTER, Checkpoint, block_file
 from compression.core.errors import Problem
-from compression.quantization.packed import base_reader
+from compression.quantization.packed import base_reader, plain_outer
 
 
 def measure_size(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def measure_size(checkpoint: Checkpoint) -> dict[str, Any]:
         Problem: a pruned weight came back to life.
     """
     read, packed = base_reader(checkpoint), checkpoint.masks()
-    parameters = sum(tensor.numel() for tensor in checkpoint.outer().values())
+    parameters = sum(tensor.numel() for tensor in plain_outer(checkpoint).values())
     prunable = dropped = zeros = revived = 0
     layer_sparsity: dict[str, float] = {}
     for index in range(checkpoint.depth):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from compression.pruning.method import Pruned, Settings
-from compression.pruning.obs import sweep
+from compression.pruning.obs import prune_by_sweep
 from compression.pruning.pattern import Pattern
 from compression.pruning.select import keep_highest
 from compression.statistics import Gram
@@ -23,4 +23,4 @@ def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings)
             bits, group_size.
     """
     keep = keep_highest(weight.abs().float(), pattern) if settings.choose == "layer" else None
-    return sweep(weight, statistic, pattern, settings, lambda values, inputs: values.abs(), keep)
+    return prune_by_sweep(weight, statistic, pattern, settings, lambda values, inputs: values.abs(), keep)

@@ -1,10 +1,4 @@
-"""The OBS sweep: columns from left to right, each one's loss made up for in the columns behind it.
-
-Symbols as in SparseGPT (arXiv 2301.00774, section 3): H = X^T X / tokens + lambda I, U upper triangular with
-H^-1 = U^T U, B columns a block. What a column j loses, e_j = (w_j - q_j) / U_jj, is taken off every later column k as
-e_j U_jk. Within a block this goes by a few columns at a time, behind the block by one product: nearly all operations
-are matrix products, though every column sees all updates of those before it.
-"""
+"""Pruning by the OBS sweep: what a dropped weight was worth is made up for in the columns behind it."""
 
 from collections.abc import Callable
 from math import gcd
@@ -18,11 +12,10 @@ from compression.pruning.pattern import NofM, Pattern, Unstructured
 from compression.pruning.select import keep_highest
 from compression.quantization.grid import Grid, spanning_scale
 from compression.statistics import Gram
+from compression.sweep import STRIP, sweep
 
-STRIP = 16  # columns that are updated one by one before a product updates the rest of their block
 
-
-def sweep(
+def prune_by_sweep(
     weight: Tensor,
     statistic: Gram,
     pattern: Pattern,
@@ -49,11 +42,10 @@ def sweep(
         Problem: H cannot be factored, or groups of the grid do not fit blocks of columns.
     """
     factor = statistic.factor(settings.damping)
-    upper, pivots, (rows, width) = factor.upper, factor.upper.diagonal(), weight.shape
-    # [in, out]: a column of W is a row here, and lies in one piece; a copy in any case, since it is worked on in place
+    rows, width = weight.shape
     values = weight.float().T.clone(memory_format=torch.contiguous_format)
     values[factor.dead] = 0
-    kept = torch.ones_like(values, dtype=torch.bool) if keep is None else keep.T.contiguous()
+    kept = torch.ones_like(values) if keep is None else keep.T.float().contiguous()
     group = pattern.of if isinstance(pattern, NofM) else settings.columns
     strip = -(-STRIP // group) * group if isinstance(pattern, NofM) else STRIP
     block = -(-settings.columns // strip) * strip if isinstance(pattern, NofM) else settings.columns
@@ -67,48 +59,26 @@ def sweep(
             )
     owed = _owed(pattern, rows, width, group)
     scales: list[Tensor] = []
-    lost = 0.0
 
-    for start in range(0, width, block):
-        end = min(start + block, width)
-        errors = torch.empty(end - start, rows, device=values.device)
-        for first in range(start, end, strip):
-            last = min(first + strip, end)
-            for left in range(first, last, min(group, strip)):
-                right = min(left + min(group, strip), last)
-                if keep is None and left % group == 0:
-                    inputs = slice(left, min(left + group, width))
-                    part = score(values[inputs].T, inputs)
-                    kept[inputs] = keep_highest(part, _share(pattern, part, owed, left // group)).T
-                gone = (~kept[left:right]).float() / pivots[left:right, None]
-                for column in range(left, right):
-                    error = errors[column - start]
-                    if settings.bits is None:
-                        torch.mul(values[column], gone[column - left], out=error)
-                    else:
-                        if column % settings.group_size == 0:
-                            inputs = slice(column, column + settings.group_size)
-                            largest = (values[inputs] * kept[inputs]).abs().amax(0)
-                            scales.append(spanning_scale(largest, settings.bits, weight.dtype))
-                        new = _nearest(values[column] * kept[column], Grid(settings.bits, scales[-1][:, None]))
-                        torch.sub(values[column], new, out=error).div_(pivots[column])
-                        values[column] = new
-                    values[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
-                values[left:right] *= kept[left:right]
-            done = errors[first - start : last - start]
-            values[last:end].addmm_(upper[first:last, last:end].T, done, alpha=-1)
-        values[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-        lost += errors.square().sum().item()
+    def change(column: int) -> Tensor:
+        if keep is None and column % group == 0:
+            inputs = slice(column, min(column + group, width))
+            part = score(values[inputs].T, inputs)
+            kept[inputs] = keep_highest(part, _share(pattern, part, owed, column // group)).T.float()
+        new = values[column] * kept[column]
+        if settings.bits is None:
+            return new
+        if column % settings.group_size == 0:
+            inputs = slice(column, column + settings.group_size)
+            largest = (values[inputs] * kept[inputs]).abs().amax(0)
+            scales.append(spanning_scale(largest, settings.bits, weight.dtype))
+        return Grid(settings.bits, scales[-1][:, None]).nearest(new[:, None])[:, 0].float()
 
+    lost = sweep(values, factor.upper, change, block, strip)
     pruned = values.T.contiguous().to(weight.dtype)
     notes = {"damping": factor.damping, "error": lost / max(statistic.energy(weight), 1e-30)}
     rounded = Grid(settings.bits, torch.stack(scales, 1)) if settings.bits else None
-    return Pruned(pruned, kept.T.contiguous(), notes, rounded)
-
-
-def _nearest(column: Tensor, grid: Grid) -> Tensor:
-    """The grid's nearest values, float32 [out]; the grid has one column."""
-    return grid.values(grid.codes(column[:, None]))[:, 0].float()
+    return Pruned(pruned, kept.T.bool().contiguous(), notes, rounded)
 
 
 def _owed(pattern: Pattern, rows: int, width: int, group: int) -> list[int]:

@@ -7,7 +7,7 @@ comes, by what dropping a weight costs then: W_ij^2 / U_jj^2, U the upper Choles
 from torch import Tensor
 
 from compression.pruning.method import Pruned, Settings
-from compression.pruning.obs import sweep
+from compression.pruning.obs import prune_by_sweep
 from compression.pruning.pattern import Pattern
 from compression.statistics import Gram
 
@@ -29,4 +29,4 @@ def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings)
     """
     factor = statistic.factor(settings.damping)
     costs = factor.upper.diagonal().square()
-    return sweep(weight, statistic, pattern, settings, lambda values, inputs: values.square() / costs[inputs])
+    return prune_by_sweep(weight, statistic, pattern, settings, lambda values, inputs: values.square() / costs[inputs])

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from compression.pruning.method import Pruned, Settings
-from compression.pruning.obs import sweep
+from compression.pruning.obs import prune_by_sweep
 from compression.pruning.pattern import Pattern
 from compression.pruning.select import keep_highest
 from compression.pruning.wanda import score
@@ -25,4 +25,6 @@ def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings)
     """
     norms = statistic.norms()
     keep = keep_highest(score(weight, statistic), pattern) if settings.choose == "layer" else None
-    return sweep(weight, statistic, pattern, settings, lambda values, inputs: values.abs() * norms[inputs], keep)
+    return prune_by_sweep(
+        weight, statistic, pattern, settings, lambda values, inputs: values.abs() * norms[inputs], keep
+    )

@@ -3,32 +3,40 @@
 from torch import Tensor
 
 from compression.core.errors import Problem
-from compression.quantization.grid import Grid
+from compression.quantization.grid import Grid, groups_of
+from compression.quantization.method import Quantized, Settings
+
+STATISTIC = None
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, given: Grid | None = None) -> tuple[Tensor, Grid]:
+def quantize(
+    weight: Tensor,
+    bits: int,
+    settings: Settings,
+    statistic: None = None,
+    keep: Tensor | None = None,
+    given: Grid | None = None,
+) -> Quantized:
     """The codes of weights that lie on a grid.
 
     Args:
         weight: W [out, in] in the type of the grid's scale.
-        bits, group_size: of that grid.
+        bits, settings: of that grid: its group_size; it is symmetric.
+        statistic, keep: not used.
         given: the grid.
-
-    Returns:
-        codes int8 [out, in], and the grid.
 
     Raises:
         Problem: there is no such grid, or the weights have moved off it.
     """
-    if given is None or given.bits != bits or weight.shape[1] != given.scale.shape[1] * group_size:
+    if given is None or given.bits != bits or groups_of(weight, settings.group_size) != given.scale.shape[1]:
         raise Problem(
             "params.yaml: quantize.method",
-            f"`given` needs a checkpoint that was pruned on to a grid of {bits} bits and groups of {group_size}",
+            f"`given` needs a checkpoint that was pruned on to a grid of {bits} bits, groups of {settings.group_size}",
             "set prune.bits and prune.group_size alike, and retrain.method to none or subset",
         )
     codes = given.codes(weight)
     if not given.values(codes).equal(weight):
         raise Problem(
-            "params.yaml: quantize.method", "the weights do not lie on the grid that pruning left", "valid: rtn"
+            "params.yaml: quantize.method", "the weights do not lie on the grid that pruning left", "valid: rtn, gptq"
         )
-    return codes, given
+    return Quantized(codes, given)

@@ -1,23 +1,30 @@
-"""Round to nearest: the grid spans each group's largest weight, every weight goes to its nearest point."""
+"""Round to nearest: every weight goes to the nearest point of its group's grid."""
 
 from torch import Tensor
 
-from compression.quantization.grid import Grid, spanning_scale
+from compression.quantization.grid import Grid, fit_grid
+from compression.quantization.method import Quantized, Settings
+
+STATISTIC = None
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, given: Grid | None = None) -> tuple[Tensor, Grid]:
-    """Rounds W to nearest on a symmetric grid.
+def quantize(
+    weight: Tensor,
+    bits: int,
+    settings: Settings,
+    statistic: None = None,
+    keep: Tensor | None = None,
+    given: Grid | None = None,
+) -> Quantized:
+    """Rounds W to nearest.
 
     Args:
-        weight: W [out, in]; in is a multiple of group_size.
+        weight: W [out, in]; the group size divides in.
         bits: b.
-        group_size: inputs that share a scale.
-        given: not used.
-
-    Returns:
-        codes int8 [out, in], and the grid, its scale max|W| / (2^(b-1) - 1/2) in the type of W. A group of
-        nothing but zeros gets scale 1.
+        settings: group_size, symmetric, clip: whether each group's span is shrunk as far as it lowers the sum of
+            its squared errors.
+        statistic, keep, given: not used; zero is on every grid.
     """
-    largest = weight.float().reshape(len(weight), -1, group_size).abs().amax(-1)
-    grid = Grid(bits, spanning_scale(largest, bits, weight.dtype))
-    return grid.codes(weight), grid
+    importance = weight.new_ones(weight.shape[1]).float() if settings.clip else None
+    grid = fit_grid(weight, bits, settings.group_size, settings.symmetric, importance)
+    return Quantized(grid.codes(weight), grid)

@@ -1,1 +1,1 @@
-"""Method `none`: no block is scored; the table has outlier ratios only."""
+"""Method `none`: nothing is scored; the table has outlier ratios only."""

@@ -12,7 +12,8 @@ from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
 from compression.quantization.grid import Grid
-from compression.quantization.packed import pack, plain_weights, unpack
+from compression.quantization.packed import Layout, pack, plain_weights, unpack
+from compression.quantization.scheme import anatomy, from_manifest, layouts
 from compression.training.loop import Recipe, train
 from compression.training.masked_linear import MaskedLinear, attach
 from compression.training.text import Shuffled
@@ -47,13 +48,14 @@ def unlearn_model(
         quantised weights that have left their code (for a checkpoint without a grid: of weights that moved).
     """
     stored, keep = read_whole(source, "load")
-    bits: dict[str, int] = source.manifest.get("quantization", {}).get("bits", {})
-    grids = {layer: unpack(layer, stored, width)[1] for layer, width in bits.items()}
+    schemes = from_manifest(source.manifest)
+    bits = {layer: scheme.bits for layer, scheme in schemes.items()}
+    grids = {layer: unpack(layer, stored, bits[layer])[1] for layer in source.layers if layer in bits}
     plain = plain_weights(stored, bits)
     working = {name: t.to(dtype) if t.is_floating_point() else t for name, t in plain.items()}
     model = load_whole(source.folder, working, device)
     every = {layer: keep.get(layer, torch.ones(*shape, dtype=torch.bool)) for layer, shape in source.layers.items()}
-    on_device = {layer: Grid(grid.bits, grid.scale.to(device)) for layer, grid in grids.items()}
+    on_device = {layer: grid.to(device) for layer, grid in grids.items()}
     layers = attach(model, every, options["rank"], options["alpha"], options["seed"], on_device)
     parameters = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"}
 
@@ -73,7 +75,8 @@ def unlearn_model(
         return f"forget loss reached {ceiling:g}" if figures["forget"] >= ceiling else None
 
     curves, stopped = train(parameters, loss, recipe, journal, "unlearn", 2 * sequences * forget.shape[1], stop)
-    moved = _write(source, writer, stored, keep, layers, grids)
+    stays = layouts(schemes, anatomy(source.folder)) if schemes else {}
+    moved = _write(source, writer, stored, keep, layers, grids, stays)
     return {
         "forget_losses": curves["forget"],
         "retain_losses": curves["retain"],
@@ -96,8 +99,9 @@ def _write(
     keep: dict[str, Tensor],
     layers: dict[str, MaskedLinear],
     grids: dict[str, Grid],
+    stays: dict[str, Layout],
 ) -> float:
-    """Writes the updated weights; returns the share of weights that changed."""
+    """Writes the updated weights, each in the layout that it had; returns the share of weights that changed."""
     changed = total = 0
     for name, layer in layers.items():
         total += layer.weight.numel()
@@ -105,9 +109,9 @@ def _write(
             before, grid = unpack(name, stored, grids[name].bits)
             codes = grid.codes(layer.merged().cpu())
             if name in keep:
-                masks.prove(name, codes, keep[name])
+                masks.prove(name, grid.values(codes), keep[name])
             changed += int((codes != before).sum())
-            stored |= pack(name, codes, grid)
+            stored |= pack(name, codes, grid, stays[name])
         else:
             before = stored[f"{name}.weight"]
             stored[f"{name}.weight"] = layer.merged(before).cpu()

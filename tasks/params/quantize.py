@@ -1,18 +1,44 @@
-"""Section `quantize`: which grid, and who gets the finer one."""
+"""Section `quantize`: which grid, how weights come to lie on it, and how many bits each layer gets."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tasks.params.base import Section
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Width = Bits | Literal[16]
 
 
 class Quantize(Section):
     section: ClassVar[str] = "quantize"
 
-    method: Literal["rtn", "given", "none"]
-    group_size: PositiveInt
-    bits: Literal[4, 8]
-    sensitive_bits: Literal[4, 8]
-    sensitive_share: Annotated[float, Field(ge=0, le=1)]
-    by: Literal["pmpq", "outlier_ratio"]
+    method: Literal["rtn", "gptq", "given", "none"]
+    group_size: PositiveInt | Literal["row", "tensor"]
+    symmetric: bool
+    clip: bool
+    order: Literal["natural", "activation"]
+    damping: PositiveFloat
+    sequences: PositiveInt
+    length: Annotated[int, Field(ge=2)]
+    embeddings: Bits | None
+    plan: Literal["uniform", "percentile", "kmeans", "budget", "ceiling"]
+    bits: Bits
+    by: Literal["pmpq", "cmpq", "tdmpq", "measured", "outlier_ratio"]
+    widths: Annotated[list[Width], Field(min_length=1)]
+    shares: list[Annotated[float, Field(ge=0, le=1)]]
+    average_bits: PositiveFloat
+    perplexity_ceiling: Annotated[float, Field(gt=1)]
+
+    @model_validator(mode="after")
+    def _widths_are_sound(self) -> Self:
+        if len(set(self.widths)) < len(self.widths):
+            raise ValueError("`widths` has a number twice")
+        if self.plan == "percentile" and (len(self.shares) != len(self.widths) or abs(sum(self.shares) - 1) > 1e-6):
+            raise ValueError("`shares` must be one for each of `widths`, and 1 together")
+        return self
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the sensitivity table is looked at."""
+        return self.method != "none" and self.plan != "uniform"

@@ -1,17 +1,28 @@
-"""Section `sensitivity`: how each block's sensitivity is measured."""
+"""Section `sensitivity`: how the sensitivity of blocks or layers is measured."""
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from tasks.params.base import Section
+
+
+def _distinct(widths: list[int]) -> list[int]:
+    if len(set(widths)) < len(widths):
+        raise ValueError("each width once")
+    return widths
 
 
 class Sensitivity(Section):
     section: ClassVar[str] = "sensitivity"
 
-    method: Literal["pmpq", "none"]
+    method: Literal["pmpq", "cmpq", "tdmpq", "measured", "none"]
+    per: Literal["block", "layer"]
     sparsity: Annotated[float, Field(gt=0, lt=1)]
+    similarity: Literal["cca", "svcca", "pwcca", "cka"]
+    components: PositiveInt
+    widths: Annotated[list[Annotated[int, Field(ge=2, le=8)]], Field(min_length=1), AfterValidator(_distinct)]
+    group_size: PositiveInt
     sequences: PositiveInt
     length: Annotated[int, Field(ge=2)]
     outlier_threshold: PositiveFloat

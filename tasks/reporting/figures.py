@@ -4,9 +4,10 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.reporting.inputs import Row, Run
+from tasks.reporting.inputs import Kernels, Row, Run, Speed
 
 KEPT = {"perplexity", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain"}
+OF_KERNELS = {"layers", "weight_bytes", "logits_error"}
 
 
 def metrics(run: Run) -> dict[str, Any]:
@@ -18,12 +19,12 @@ def tables(run: Run, layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The plots' tables by file name.
 
     Args:
-        layers: the sensitivity table. A block's figures are the plain means over its layers, by which the
+        layers: what `read_sensitivity` gives. A block's figures are the plain means over its layers, by which the
             stage `quantize` ranks the blocks, too.
     """
     return {
         "layer_sparsity": layer_sparsity(run),
-        "sensitivity": layers.groupby("block", as_index=False)[["pmpq", "outlier_ratio"]].mean(),
+        "sensitivity": layers.groupby(["block", "measure"], as_index=False)[["sensitivity", "outlier_ratio"]].mean(),
         "perplexity_bytes": perplexity_bytes(run),
         "losses": losses(run),
     }
@@ -62,19 +63,28 @@ def losses(run: Run) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["stage", "curve", "step", "loss"])
 
 
+def in_block(layer: str) -> bool:
+    """Whether the layer is in a block at all; the embedding is not."""
+    return any(part.isdecimal() for part in layer.split("."))
+
+
 def block_of(layer: str) -> int:
     """The block's number: the first part of the dotted name that is one."""
     return next(int(part) for part in layer.split(".") if part.isdecimal())
 
 
 def _figures(row: Row) -> dict[str, Any]:
-    speed = row.speed
-    rates = {"prefill": speed.prefill_tokens_per_second, "decode": speed.decode_tokens_per_second}
+    speed, kernels = row.speed, row.speed.kernels
+    coded = {"tokens_per_second": _rates(kernels)} | kernels.model_dump(include=OF_KERNELS) if kernels else {}
     return (
         row.figures.model_dump(include=KEPT)
-        | {"tokens_per_second": rates}
-        | speed.model_dump(include={"load_seconds", "peak_memory_bytes"})
+        | {"tokens_per_second": _rates(speed), "kernels": coded}
+        | speed.model_dump(include={"load_seconds", "weight_bytes", "peak_memory_bytes"})
     )
+
+
+def _rates(speed: Speed | Kernels) -> dict[str, float]:
+    return {"prefill": speed.prefill_tokens_per_second, "decode": speed.decode_tokens_per_second}
 
 
 def _known(figures: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from compression.core.errors import Problem
 from tasks.checkpoints import CHECKPOINTS
+from tasks.reporting.measures import MEASURES
 
 AGAIN = "`dvc repro` writes it"
-COLUMNS = {"block": "int64", "pmpq": "float64", "outlier_ratio": "float64"}
+COLUMNS = {"block": "int64", "outlier_ratio": "float64"}
 
 # A loss that overflowed counts as missing, and so does its perplexity.
 Finite = BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value)
@@ -48,6 +49,17 @@ class Evaluation(Record):
     layer_sparsity: dict[str, float]
 
 
+class Kernels(Record):
+    """The same checkpoint with kernels that compute with its codes; `left`: layers that none fits."""
+
+    layers: dict[str, int]
+    left: list[str]
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    weight_bytes: int
+    logits_error: Number
+
+
 class Speed(Record):
     """data/speed/X.json."""
 
@@ -56,7 +68,17 @@ class Speed(Record):
     load_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    weight_bytes: int
     peak_memory_bytes: int
+    kernels: Kernels | None
+
+    @property
+    def kernel_decode(self) -> float | None:
+        return self.kernels.decode_tokens_per_second if self.kernels else None
+
+    @property
+    def kernel_bytes(self) -> int | None:
+        return self.kernels.weight_bytes if self.kernels else None
 
 
 class BlockError(Record):
@@ -145,16 +167,24 @@ def read_run(root: Path) -> Run:
 def read_sensitivity(root: Path) -> pd.DataFrame:
     """The sensitivity table, a row a layer.
 
+    Returns:
+        columns block, measure (its name; empty if none ran), sensitivity (NaN where it is not known), outlier_ratio.
+
     Raises:
         Problem: it is missing or malformed.
     """
     path = "data/sensitivity/sensitivity.csv"
     try:
-        table = pd.read_csv(root / path, usecols=list(COLUMNS), dtype=COLUMNS)
+        header = pd.read_csv(root / path, nrows=0).columns
+        measure = next((name for name in MEASURES if name in header), "")
+        columns = COLUMNS | ({measure: "float64"} if measure else {})
+        table = pd.read_csv(root / path, usecols=list(columns), dtype=columns)
     except FileNotFoundError:
         raise Problem(path, "there is no such file", AGAIN) from None
     except ValueError as error:
         raise Problem(path, f"not a valid table: {error}", AGAIN) from None
+    values = table[measure] if measure else math.nan
+    table = table[["block", "outlier_ratio"]].assign(measure=measure, sensitivity=values)
     return table.replace([math.inf, -math.inf], math.nan)  # an overflowed loss counts as missing here, too
 
 

@@ -8,7 +8,7 @@ from tasks.reporting.inputs import Run
 
 SAME_BYTES = 0.02  # two sizes closer than this share are told as the same
 RETAIN_RISE = 0.05  # rise of the retained text's loss, as a share, from which on the page says so
-SLOWER = 0.9  # of the dense checkpoint's decoding speed
+FASTER = 1.1  # times the dense checkpoint's decoding speed, from which on the page says so
 NOISE = 1.25  # fastest over slowest of equal work, from which on timings tell nothing
 
 
@@ -28,7 +28,7 @@ def notes(run: Run, sensitive: bool) -> list[str]:
     Args:
         sensitive: whether the sensitivity of the blocks was measured.
     """
-    found = [*_size(run), *_zeros(run), *_quality(run), *_forgetting(run), *_source(run), *_speed(run)]
+    found = [*_size(run), *_zeros(run), *_quality(run), *_forgetting(run), *_source(run), *_loading(run), *_speed(run)]
     if not sensitive:
         found.append("The loss increase of the blocks was not measured: no block could be given more bits for it.")
     return found
@@ -111,6 +111,16 @@ def _source(run: Run) -> Iterator[str]:
         )
 
 
+def _loading(run: Run) -> Iterator[str]:
+    """Whether vLLM takes the quantised file, as far as its schema tells."""
+    if (faults := run["quantized"].manifest.quantization.get("vllm_faults")) is None:
+        return
+    if faults:
+        yield f"transformers loads the quantised checkpoint; vLLM is not expected to: {'; '.join(faults)}."
+    else:
+        yield "By its schema vLLM takes the quantised checkpoint, as transformers does; vLLM was not run."
+
+
 def _speed(run: Run) -> Iterator[str]:
     places = sorted({f"{row.speed.device}, {row.speed.dtype}" for row in run.values()})
     if len(places) > 1:
@@ -123,10 +133,35 @@ def _speed(run: Run) -> Iterator[str]:
             f"{times(spread)}. Measure again on an idle machine before comparing speeds."
         )
         return
-    dense = run["dense"].speed.decode_tokens_per_second
-    rates = {name: row.speed.decode_tokens_per_second / dense for name, row in run.items() if row.manifest.bits}
-    if slower := [f"{name} ({times(rate)})" for name, rate in rates.items() if rate < SLOWER]:
-        yield f"Smaller is not faster here: decoding is slower than with the dense checkpoint in {listed(slower)}."
+    yield from _speed_of_codes(run)
+
+
+def _speed_of_codes(run: Run) -> Iterator[str]:
+    """What quantised formats buy beside bytes."""
+    dense, idle = run["dense"].speed, []
+    for name, row in run.items():
+        if not row.manifest.bits:
+            continue
+        plain, kernels = row.speed.decode_tokens_per_second / dense.decode_tokens_per_second, row.speed.kernels
+        coded = (row.speed.kernel_decode or 0) / dense.decode_tokens_per_second
+        if kernels and coded >= FASTER:
+            layers = listed([f"{count} on {kernel}" for kernel, count in kernels.layers.items()])
+            left = f", {len(kernels.left)} that none fits" if kernels.left else ""
+            prefill = kernels.prefill_tokens_per_second / dense.prefill_tokens_per_second
+            yield (
+                f"With kernels that compute with codes (layers: {layers}{left}) the {name} checkpoint decodes at "
+                f"{times(coded)} of dense and reads prompts at {times(prefill)}; its weights take "
+                f"{megabytes(kernels.weight_bytes)} MB of memory instead of {megabytes(dense.weight_bytes)} MB. Loaded "
+                f"by transformers alone it is unpacked at the first pass and decodes at {times(plain)}."
+            )
+        elif plain < FASTER:
+            idle.append(f"{name} ({times(max(plain, coded))}{' with kernels' if coded > plain else ''})")
+    if idle:
+        gain, whose = ("gain", "Their") if len(idle) > 1 else ("gains", "Its")
+        yield (
+            f"Smaller is not faster here: beside dense, decoding {listed(idle)} {gain} nothing. {whose} format buys "
+            "bytes only."
+        )
 
 
 def timing_spread(run: Run) -> float:

@@ -8,7 +8,7 @@ import jinja2
 import pandas as pd
 
 from tasks.reporting import formatting
-from tasks.reporting.figures import block_of
+from tasks.reporting.figures import block_of, in_block
 from tasks.reporting.formatting import listed, megabytes, number, percent, perplexity, ratio, rise, setting, times
 from tasks.reporting.inputs import Manifest, Run, Training
 from tasks.reporting.notes import NOISE, alarms, notes, timing_spread
@@ -28,6 +28,7 @@ METHODS = {
     "lora": "LoRA kept beside the weights",
     "full": "training every parameter under the mask",
     "rtn": "rounding to nearest",
+    "gptq": "GPTQ",
     "given": "packing the grid that pruning rounded to",
     "gradient_ascent": "gradient ascent",
 }
@@ -48,7 +49,7 @@ def describe(run: Run, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "texts": list(run["dense"].figures.perplexity),
         "run": run,
         "alarms": alarms(run),
-        "notes": notes(run, bool(tables["sensitivity"]["pmpq"].notna().any())),
+        "notes": notes(run, bool(tables["sensitivity"]["sensitivity"].notna().any())),
         "plots": _plots(run, tables),
         "stages": [(row.manifest, _details(row.manifest)) for row in run.values()],
     }
@@ -122,9 +123,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         now = last.figures.perplexity[text]
         tiles.append((f"Perplexity, {text}", perplexity(now), ratio(now, before)))
     told = [(label, figure, f"{times(share)} of dense") for label, figure, share in tiles]
-    rate = last.speed.decode_tokens_per_second
+    rate = last.speed.kernel_decode or last.speed.decode_tokens_per_second
     share = times(rate / first.speed.decode_tokens_per_second)
-    remark = "too noisy to compare" if timing_spread(run) > NOISE else f"{share} of dense"
+    means = ", with kernels" if last.speed.kernels else ""
+    remark = "too noisy to compare" if timing_spread(run) > NOISE else f"{share} of dense{means}"
     told.append(("Decoding", f"{number(rate)} tokens/s", remark))
     now, before = last.figures.forget.loss, run["quantized"].figures.forget.loss
     forgot = number(rise(now, before), 2, sign=True)
@@ -132,7 +134,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:
-    bits = run["quantized"].manifest.bits
+    stored = run["quantized"].manifest.bits
+    bits = {layer: one for layer, one in stored.items() if in_block(layer)}
     least, most = min(bits.values(), default=0), max(bits.values(), default=0)
     fine = {block_of(layer) for layer, one in bits.items() if one > least}
     return [

@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from tasks.reporting.formatting import listed, percent
+from tasks.reporting.measures import MEASURES
 from tasks.reporting.svg import ACCENT, INK, MUTED, PAPER, SECOND, STYLE, canvas, inline
 
 FADED = 0.45  # opacity of a bar that is not among the full ones
@@ -66,21 +67,20 @@ def layer_sparsity(table: pd.DataFrame) -> Plot:
 
 @rc_context(STYLE)
 def sensitivity(table: pd.DataFrame, fine: Collection[int], bits: int) -> Plot:
-    """Rows of bars, a bar a block: the loss increase where it was measured, and the outlier ratio.
+    """Rows of bars, a bar a block: the measure of sensitivity that ran, and the outlier ratio.
 
     Args:
-        table: columns block, pmpq (nats), outlier_ratio (a share).
+        table: columns block, measure (of MEASURES, or empty), sensitivity, outlier_ratio (a share).
         fine: blocks that quantisation kept at `bits` bits, more than the others; drawn in full colour.
     """
-    measures = [
-        ("pmpq", "loss increase, nats", ACCENT, "Loss increase: what pruning this block alone adds (PMPQ)"),
-        ("outlier_ratio", "outlier ratio", SECOND, "Outlier ratio: weights whose |W|·‖X‖ towers above their layer"),
-    ]
-    measures = [measure for measure in measures if table[measure[0]].notna().any()]
+    rows = [("outlier_ratio", "outlier ratio", SECOND, "Outlier ratio: weights whose |W|·‖X‖ towers above their layer")]
+    if ran := MEASURES.get(table["measure"].iloc[0]):
+        rows.insert(0, ("sensitivity", ran.label, ACCENT, ran.meaning))
+    rows = [row for row in rows if table[row[0]].notna().any()]
     opacities = [1.0 if not fine or block in fine else FADED for block in table["block"]]
-    figure, panels = canvas(60 + 150 * len(measures), len(measures), 1)
+    figure, panels = canvas(60 + 150 * len(rows), len(rows), 1)
     captions = []
-    for axes, (column, label, paint, meaning) in zip(panels, measures, strict=True):
+    for axes, (column, label, paint, meaning) in zip(panels, rows, strict=True):
         axes.bar(table["block"], table[column], 0.72, color=[to_rgba(paint, opacity) for opacity in opacities])
         axes.set_title(label)
         axes.grid(axis="y")

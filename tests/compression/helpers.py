@@ -17,8 +17,10 @@ from compression.pruning.method import Settings
 from compression.pruning.pattern import Pattern
 from compression.pruning.run import prune_model
 from compression.quantization import rtn
-from compression.quantization.packed import block_reader, config_entry
+from compression.quantization.method import Settings as GridSettings
+from compression.quantization.packed import block_reader, plain_outer
 from compression.quantization.run import quantize_model
+from compression.quantization.scheme import Scheme, anatomy, config_entry, to_manifest
 
 CPU = torch.device("cpu")
 
@@ -50,14 +52,24 @@ def prune(
 
 
 def quantize(
-    source: Checkpoint, target: Path, group_size: int = 32, method: ModuleType = rtn, first: int = 8
+    source: Checkpoint,
+    target: Path,
+    group_size: int = 32,
+    method: ModuleType = rtn,
+    first: int = 8,
+    ids: Tensor | None = None,
+    settings: GridSettings | None = None,
+    bits: int | None = None,
 ) -> Checkpoint:
-    """4 bits, but `first` for block 0."""
-    bits = {layer: first if layer.startswith(f"{source.blocks}.0.") else 4 for layer in source.layers}
-    writer = CheckpointWriter(target, source.folder)
-    quantize_model(source, writer, journal(target), method, bits, group_size)
-    config = source.config() | {"quantization_config": config_entry(bits, group_size)}
-    record = lineage(source) | {"quantization": {"group_size": group_size, "bits": bits}}
+    """4 bits, but `first` for block 0; or `bits` for all."""
+    wide = {layer: first if layer.startswith(f"{source.blocks}.0.") else 4 for layer in source.layers}
+    widths = dict.fromkeys(wide, bits) if bits else wide
+    writer, settings = CheckpointWriter(target, source.folder), settings or GridSettings(group_size)
+    schemes = {layer: Scheme(width, settings.group_size, settings.symmetric) for layer, width in widths.items()}
+    ids, model = torch.empty(0, 0, dtype=torch.int64) if ids is None else ids, anatomy(source.folder)
+    quantize_model(source, writer, journal(target), method, schemes, model, settings, ids, CPU, torch.float32)
+    config = source.config() | {"quantization_config": config_entry(schemes, model)}
+    record = lineage(source) | {"quantization": to_manifest(schemes)}
     writer.finish(source.depth, record, config)
     return Checkpoint(target)
 
@@ -81,7 +93,7 @@ def whole_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) 
 
 def make_skeleton(folder: Path, dtype: torch.dtype = torch.float32) -> Skeleton:
     checkpoint = Checkpoint(folder)
-    return Skeleton(folder, checkpoint.outer(), block_reader(checkpoint), CPU, dtype)
+    return Skeleton(folder, plain_outer(checkpoint), block_reader(checkpoint), CPU, dtype)
 
 
 @torch.no_grad()

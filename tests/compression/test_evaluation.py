@@ -15,7 +15,7 @@ from compression.evaluation.size import measure_size
 from compression.evaluation.speed import measure_speed
 from compression.quantization.packed import block_reader
 from tests import tiny
-from tests.compression.helpers import CPU, all_masks, all_tensors, lineage, make_skeleton, whole_model
+from tests.compression.helpers import CPU, all_masks, lineage, make_skeleton, whole_model
 from tests.conftest import Make
 from tests.reference import evaluation as reference
 
@@ -131,8 +131,24 @@ def test_revived_weight_is_found(pruned: Checkpoint, tmp_path: Path) -> None:
 def test_speed_of_what_ships(kind: str, request: pytest.FixtureRequest) -> None:
     checkpoint: Checkpoint = request.getfixturevalue(kind)
     speed = measure_speed(checkpoint.folder, prefill=16, decode=4, repeats=2, device=CPU, dtype=torch.float32)
-    assert (speed["device"], speed["dtype"]) == ("cpu", "float32")
+    assert (speed["device"], speed["dtype"], speed["kernels"]) == ("cpu", "float32", None)
     figures = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
-    assert all(float(speed[figure]) > 0 for figure in figures)
-    weights = sum(tensor.nbytes for tensor in all_tensors(checkpoint).values())
-    assert float(speed["peak_memory_bytes"]) > weights
+    assert all(speed[figure] > 0 for figure in figures)
+    parameters = measure_size(checkpoint)["parameters"]
+    assert 1 <= speed["weight_bytes"] / (4 * parameters) < 1.1  # unpacked, where it was packed, and scales are left
+    assert speed["peak_memory_bytes"] > speed["weight_bytes"]
+
+
+def test_speed_with_kernels_stands_beside_speed_without(quantized: Checkpoint) -> None:
+    """The kernels take the first block's 32 inputs with a scale a row, and of the others what has 64 outputs."""
+    speed = measure_speed(quantized.folder, prefill=16, decode=4, repeats=1, device=CPU, dtype=torch.bfloat16)
+    kernels = speed["kernels"]
+    assert kernels["layers"] == {"int4": 4, "int8": 6}
+    taken = {layer for layer in quantized.layers if layer.endswith(("gate_proj", "up_proj"))}
+    taken |= {layer for layer in quantized.layers if ".layers.0." in layer and not layer.endswith("down_proj")}
+    assert set(kernels["left"]) == set(quantized.layers) - taken
+    assert all(kernels[rate] > 0 for rate in ("prefill_tokens_per_second", "decode_tokens_per_second"))
+    assert 0 < kernels["logits_error"] < 0.03
+    numbers = {layer: outputs * inputs for layer, (outputs, inputs) in quantized.layers.items() if layer in taken}
+    saved = sum((1 if ".layers.0." in layer else 1.5) * count for layer, count in numbers.items())
+    assert 0.9 * saved < speed["weight_bytes"] - kernels["weight_bytes"] < 1.1 * saved  # scales are stored otherwise

@@ -13,6 +13,7 @@ from compression.pruning.method import Settings
 from compression.pruning.pattern import Unstructured
 from compression.quantization import given
 from compression.quantization.grid import Grid
+from compression.quantization.method import Settings as GridSettings
 from tests.compression.helpers import all_masks, prune, quantize, walked_logits
 from tests.conftest import Make
 
@@ -37,7 +38,7 @@ def test_no_grid_or_one_that_weights_have_left_is_told(
     with pytest.raises(Problem, match="`given` needs a checkpoint that was pruned on to a grid"):
         quantize(pruned, tmp_path / "none", 32, given, 4)
     weight, grid = torch.tensor([[0.5, 0.0, 0.25, 1.0]]), Grid(4, torch.tensor([[0.25]]))
-    codes, _ = given.quantize(weight, 4, 4, grid)
+    codes = given.quantize(weight, 4, GridSettings(4), given=grid).codes
     assert codes.tolist() == [[2, 0, 1, 4]]
     with pytest.raises(Problem, match="do not lie on the grid"):
-        given.quantize(weight + 0.01, 4, 4, grid)
+        given.quantize(weight + 0.01, 4, GridSettings(4), given=grid)

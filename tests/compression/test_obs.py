@@ -14,6 +14,7 @@ from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import NofM, Pattern, Unstructured
 from compression.pruning.select import keep_highest
 from compression.quantization import rtn
+from compression.quantization.method import Settings as GridSettings
 from compression.statistics import Gram, InputNorms
 from tests.reference import obs as reference
 from tests.reference.pruning import row_counts
@@ -416,7 +417,8 @@ def test_rounding_in_the_same_pass_loses_less_than_rounding_afterwards(
         settings = Settings(columns=16)
         both = sparsegpt.prune(weight.clone(), gram(inputs), pattern, replace(settings, bits=bits, group_size=8))
         pruned = sparsegpt.prune(weight.clone(), gram(inputs), pattern, settings)
-        codes, grid = rtn.quantize(pruned.weight, bits, 8)
+        done = rtn.quantize(pruned.weight, bits, GridSettings(8))
+        codes, grid = done.codes, done.grid
         joint += reference.layer_error(weight, both.weight, inputs)
         after += reference.layer_error(weight, grid.values(codes), inputs)
     assert joint < share * after

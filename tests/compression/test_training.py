@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.quantization import rtn
+from compression.quantization.method import Settings
 from compression.retraining.parameters import free
 from compression.training import loop
 from compression.training.cross_entropy import mixed_cross_entropy
@@ -41,7 +42,7 @@ def masked(
     linear.weight.copy_(torch.randn(ROWS, WIDTH, generator=seeded(2)) * keep)
     if bias:
         linear.bias.copy_(torch.randn(ROWS, generator=seeded(3)))
-    grid = rtn.quantize(linear.weight, grid_bits, 4)[1] if grid_bits else None
+    grid = rtn.quantize(linear.weight, grid_bits, Settings(4)).grid if grid_bits else None
     layer = MaskedLinear(linear, keep, RANK, 6.0, seeded(4), grid, FORMS[form])
     layer.B.data = torch.randn(ROWS, RANK, generator=seeded(5))
     if dtype == torch.float64:

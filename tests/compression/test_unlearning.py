@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.masks import revived
+from compression.quantization.method import Settings
 from compression.quantization.packed import unpack
 from compression.training.loop import Recipe
 from compression.unlearning import gradient_ascent
@@ -23,7 +24,9 @@ from tests.compression.helpers import (
     hashes,
     journal,
     lineage,
+    quantize,
     walked_logits,
+    whole_logits,
 )
 
 OPTIONS = {
@@ -171,3 +174,19 @@ def test_killed_and_resumed_gives_the_same_bytes(
 def test_objective_by_hand() -> None:
     options = {"forget_weight": 0.5, "retain_weight": 2.0}
     assert gradient_ascent.combine(torch.tensor(3.0), torch.tensor(1.0), options).item() == 0.5
+
+
+def test_zero_points_and_their_layout_stay(
+    pruned: Checkpoint, tmp_path: Path, forget: Tensor, retain: Tensor, ids: Tensor
+) -> None:
+    """Two widths of asymmetric grids: the file that others load is still one that they load."""
+    before = quantize(pruned, tmp_path / "quantized", settings=Settings(32, symmetric=False))
+    after, record = unlearn(before, tmp_path / "unlearned", forget, retain)
+    assert record["changed_codes"] > 0
+    here, there = all_tensors(before), all_tensors(after)
+    assert {name: tensor.shape for name, tensor in here.items()} == {name: t.shape for name, t in there.items()}
+    for layer, keep in all_masks(after).items():
+        codes, grid = unpack(layer, there, bits(after)[layer])
+        assert torch.equal(there[f"{layer}.weight_zero_point"], here[f"{layer}.weight_zero_point"])
+        assert revived(grid.values(codes), keep) == 0
+    torch.testing.assert_close(whole_logits(after.folder, ids), walked_logits(after.folder, ids), rtol=1e-4, atol=1e-4)

@@ -1,31 +1,169 @@
-"""PMPQ the obvious way: one whole model a block. The outlier ratio by counting."""
+"""The measures the obvious way: one whole model a part, whole-model gradients, similarities by their definitions."""
 
 import copy
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.reference.quantization import rtn
 
-@torch.no_grad()
-def pmpq(model: nn.Module, blocks: str, ids: Tensor, sparsity: float, causal: bool) -> list[float]:
-    """Rise of the mean loss of a causal model, or relative change of an encoder's output, block by block."""
-    base = model(input_ids=ids).logits
-    scores = []
+
+def parts(model: nn.Module, blocks: str, per: str) -> Iterator[tuple[str, list[str]]]:
+    """Every part by full name, and its linears."""
     for index in range(len(model.get_submodule(blocks))):  # type: ignore[arg-type]
-        pruned = copy.deepcopy(model)
-        for tensor in pruned.get_submodule(f"{blocks}.{index}").parameters():
+        block = f"{blocks}.{index}"
+        layers = [
+            name for name, module in model.named_modules() if name.startswith(f"{block}.") and type(module) is nn.Linear
+        ]
+        yield from [(block, layers)] if per == "block" else [(layer, [layer]) for layer in layers]
+
+
+def pmpq(model: nn.Module, blocks: str, ids: Tensor, sparsity: float, causal: bool, per: str) -> dict[str, float]:
+    """Rise of the loss, or relative change of an encoder's output, by layer."""
+
+    def prune(pruned: nn.Module, part: str, _: list[str]) -> None:
+        for tensor in pruned.get_submodule(part).parameters():
             entries = tensor.flatten().tolist()
             smallest = sorted(range(len(entries)), key=lambda place: abs(entries[place]))
             for place in smallest[: round(sparsity * len(entries))]:
                 entries[place] = 0.0
             tensor.copy_(torch.tensor(entries).view(tensor.shape))
-        logits = pruned(input_ids=ids).logits
-        if causal:
-            scores.append(float(_loss(logits, ids) - _loss(base, ids)))
-        else:
-            scores.append(float((logits - base).norm() / base.norm()))
+
+    return _one_by_one(model, blocks, ids, causal, per, prune)
+
+
+def measured(
+    model: nn.Module, blocks: str, ids: Tensor, bits: int, group_size: int, causal: bool, per: str
+) -> dict[str, float]:
+    """The same of rounding a part's linears."""
+
+    def quantize(rounded: nn.Module, _: str, layers: list[str]) -> None:
+        for layer in layers:
+            weight = rounded.get_parameter(f"{layer}.weight")
+            weight.copy_(rtn(weight, bits, group_size)[2])
+
+    return _one_by_one(model, blocks, ids, causal, per, quantize)
+
+
+@torch.no_grad()
+def _one_by_one(
+    model: nn.Module,
+    blocks: str,
+    ids: Tensor,
+    causal: bool,
+    per: str,
+    change: Callable[[nn.Module, str, list[str]], None],
+) -> dict[str, float]:
+    base = model(input_ids=ids).logits
+    scores = {}
+    for part, layers in parts(model, blocks, per):
+        changed = copy.deepcopy(model)
+        change(changed, part, layers)
+        logits = changed(input_ids=ids).logits
+        score = _loss(logits, ids) - _loss(base, ids) if causal else (logits - base).norm() / base.norm()
+        scores |= dict.fromkeys(layers, float(score))
     return scores
+
+
+def tdmpq(model: nn.Module, blocks: str, ids: Tensor, bits: int, group_size: int) -> dict[str, float]:
+    """|<g, dW>| + 1/2 <F, dW^2> by layer, in float64; F from the gradients of the sequences' summed losses."""
+    names = [layer for _, layers in parts(model, blocks, "block") for layer in layers]
+    grids = {layer: rtn(model.get_parameter(f"{layer}.weight").detach(), bits, group_size)[2] for layer in names}
+    model = copy.deepcopy(model).double()
+    weights = [model.get_parameter(f"{layer}.weight") for layer in names]
+    first = [torch.zeros_like(weight) for weight in weights]
+    second = [torch.zeros_like(weight) for weight in weights]
+    tokens = ids.shape[1] - 1
+    for sequence in ids.split(1):
+        loss = tokens * _loss(model(input_ids=sequence).logits, sequence)
+        for place, gradient in enumerate(torch.autograd.grad(loss, weights)):
+            first[place] += gradient / (len(ids) * tokens)
+            second[place] += gradient**2 / (len(ids) * tokens)
+    costs = {}
+    for layer, weight, g, fisher in zip(names, weights, first, second, strict=True):
+        moved = grids[layer].double() - weight
+        costs[layer] = float((g * moved).sum() + 0.5 * (fisher * moved**2).sum())
+    return costs
+
+
+def cmpq(
+    model: nn.Module, blocks: str, ids: Tensor, per: str, alike: Callable[[np.ndarray, np.ndarray], float]
+) -> dict[str, float]:
+    """1 - mean similarity of a part's output, averaged over tokens, to all others, by layer."""
+
+    def token_mean(states: Tensor) -> np.ndarray:
+        return states.view(*ids.shape, -1).double().mean(1).numpy()
+
+    found: dict[str, np.ndarray] = {}
+    owners = list(parts(model, blocks, per))
+    if per == "block":
+        model.get_submodule(f"{blocks}.0").register_forward_pre_hook(
+            lambda _, args, kwargs: found.update(entering=token_mean(args[0] if args else kwargs["hidden_states"])),
+            with_kwargs=True,
+        )
+    for part, _ in owners:
+        model.get_submodule(part).register_forward_hook(
+            lambda _m, _i, out, part=part: found.update({part: token_mean(out if type(out) is Tensor else out[0])})
+        )
+    with torch.no_grad():
+        model(input_ids=ids)
+    scores = {}
+    for part, layers in owners:
+        similar = [alike(found[part], other) for name, other in found.items() if name != part]
+        scores |= dict.fromkeys(layers, 1 - sum(similar) / len(similar))
+    return scores
+
+
+def cca(X: np.ndarray, Y: np.ndarray, components: int) -> float:
+    return max(_canonical(_leading(X, components), _leading(Y, components))[0])
+
+
+def svcca(X: np.ndarray, Y: np.ndarray, components: int) -> float:
+    correlations, _ = _canonical(_leading(X, components), _leading(Y, components))
+    return float(np.mean(correlations))
+
+
+def pwcca(X: np.ndarray, Y: np.ndarray, components: int) -> float:
+    left, right = (_leading(Z, min(components, _holding(Z, 0.99))) for Z in (X, Y))
+    correlations, variates = _canonical(left, right)
+    columns = (X - X.mean(0)).T
+    weights = [sum(abs(float(variate @ column)) for column in columns) for variate in variates]
+    return sum(w * rho for w, rho in zip(weights, correlations, strict=True)) / sum(weights)
+
+
+def cka(X: np.ndarray, Y: np.ndarray) -> float:
+    X, Y = X - X.mean(0), Y - Y.mean(0)
+
+    def squared(A: np.ndarray, B: np.ndarray) -> float:
+        return sum(float(a @ b) ** 2 for a in A.T for b in B.T)
+
+    return squared(Y, X) / float(np.sqrt(squared(X, X) * squared(Y, Y)))
+
+
+def _leading(X: np.ndarray, components: int) -> np.ndarray:
+    """Scores on the leading eigenvectors of the covariance."""
+    X = X - X.mean(0)
+    _, vectors = np.linalg.eigh(X.T @ X)
+    return X @ vectors[:, ::-1][:, :components]
+
+
+def _holding(X: np.ndarray, energy: float) -> int:
+    """How many principal components hold so much of the variance."""
+    X = X - X.mean(0)
+    values = np.linalg.eigvalsh(X.T @ X)[::-1]
+    return next(count for count in range(1, len(values) + 1) if values[:count].sum() >= energy * values.sum())
+
+
+def _canonical(X: np.ndarray, Y: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
+    """Correlations and unit variates of X, from the eigenvectors of Sxx^-1 Sxy Syy^-1 Syx."""
+    squares, directions = np.linalg.eig(np.linalg.solve(X.T @ X, X.T @ Y) @ np.linalg.solve(Y.T @ Y, Y.T @ X))
+    order = np.argsort(-squares.real)[: min(X.shape[1], Y.shape[1])]
+    variates = [X @ directions.real[:, place] for place in order]
+    correlations = [float(np.sqrt(max(squares.real[place], 0.0))) for place in order]
+    return correlations, [variate / np.linalg.norm(variate) for variate in variates]
 
 
 def _loss(logits: Tensor, ids: Tensor) -> Tensor:

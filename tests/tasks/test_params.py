@@ -42,7 +42,13 @@ def test_the_default_is_sound(document: dict[str, Any]) -> None:
         ("prune", "method", "wonda", ["prune.method", "'wonda'", "'wanda'"]),
         ("prune", "pattern", "4:2", ["prune.pattern", "2:4"]),
         ("prune", "pattern", "1:4", ["prune.sparsity", "1:4 means a sparsity of 0.75"]),
-        ("quantize", "bits", 5, ["quantize.bits", "4 or 8"]),
+        ("quantize", "bits", 9, ["quantize.bits", "less than or equal to 8"]),
+        ("quantize", "group_size", "column", ["quantize.group_size", "'row' or 'tensor'"]),
+        ("quantize", "widths", [4, 12], ["quantize.widths", "16"]),
+        ("quantize", "widths", [4, 4], ["quantize", "`widths` has a number twice"]),
+        ("quantize", "shares", [0.5, 0.4], ["quantize", "`shares` must be one for each of `widths`, and 1 together"]),
+        ("quantize", "sequences", 129, ["quantize.sequences", "66,048", "65,536"]),
+        ("quantize", "by", "tdmpq", ["quantize.by", "not in the sensitivity table", "set sensitivity.method to tdmpq"]),
         ("retrain", "learning_rate", 0.0, ["retrain.learning_rate", "greater than 0"]),
         ("compute", "device", "tpu", ["compute.device", "'tpu'"]),
         ("prune", "sequences", 129, ["prune.sequences", "66,048", "65,536"]),
@@ -86,6 +92,24 @@ def test_group_size_that_divides_no_width_names_sizes_that_do(document: dict[str
     (fault,) = faults(document, WIDTHS)
     assert "128 does not divide the 576 inputs" in fault
     assert "16, 32, 64" in fault
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"plan": "budget", "average_bits": 3.0}, ["quantize.average_bits: 3.0 is less than every width", "from 4"]),
+        ({"plan": "ceiling"}, ["quantize.by: `pmpq` does not say how far the loss rises", "tdmpq, measured"]),
+        ({"plan": "budget", "by": "tdmpq", "widths": [5, 8, 16]}, ["quantize.widths: the cost of 5 bits", "and 16"]),
+    ],
+)
+def test_plan_of_bits_that_cannot_be_made_is_told(
+    document: dict[str, Any], settings: dict[str, Any], told: list[str]
+) -> None:
+    document["sensitivity"]["method"] = settings.get("by", "pmpq")
+    document["quantize"] |= settings
+    found = "\n".join(faults(document, WIDTHS))
+    for part in told:
+        assert part in found
 
 
 def test_pattern_that_does_not_divide_names_the_layer(document: dict[str, Any]) -> None:
@@ -167,7 +191,7 @@ def test_values_are_read_as_dvc_writes_them(tmp_path: Path) -> None:
 
 def test_every_fault_is_told_at_once(document: dict[str, Any]) -> None:
     document["prune"] |= {"sparsity": 2.0, "method": "wonda"}
-    document["quantize"]["bits"] = 3
+    document["quantize"]["bits"] = 1
     assert len("\n".join(faults(document)).splitlines()) >= 3
 
 
@@ -209,6 +233,96 @@ def test_a_rule_without_its_column_is_told(document: dict[str, Any]) -> None:
     assert not any("allocate" in fault for fault in faults(document))
 
 
+def test_a_rule_goes_by_the_measure_that_runs(document: dict[str, Any]) -> None:
+    document["allocate"]["rule"] = "pmpq"
+    document["sensitivity"]["method"] = "tdmpq"
+    assert any("sensitivity.method is `tdmpq`" in fault for fault in faults(document))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"method": "cmqp"}, ["sensitivity.method", "'cmqp'", "'cmpq'"]),
+        ({"widths": [4, 9]}, ["sensitivity.widths.1", "less than or equal to 8"]),
+        ({"widths": []}, ["sensitivity.widths", "at least 1 item"]),
+        ({"widths": [4, 4]}, ["sensitivity.widths", "each width once"]),
+        ({"method": "tdmpq", "group_size": 128}, ["sensitivity.group_size", "128 does not divide the 576 inputs"]),
+        ({"method": "cmpq", "sequences": 40}, ["sensitivity.sequences", "40 sequences", "above 40"]),
+    ],
+)
+def test_sensitivity_that_cannot_be_measured_is_told(
+    document: dict[str, Any], changes: dict[str, Any], told: list[str]
+) -> None:
+    document["sensitivity"] |= changes
+    found = "\n".join(faults(document, WIDTHS))
+    for part in told:
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "cmpq", "sequences": 41},
+        {"method": "cmpq", "sequences": 3, "similarity": "cka"},
+        {"method": "pmpq", "group_size": 128},
+        {"method": "measured", "per": "layer", "widths": [8, 2]},
+    ],
+)
+def test_every_measure_can_be_asked_for(document: dict[str, Any], changes: dict[str, Any]) -> None:
+    document["sensitivity"] |= changes
+    own = ("params.yaml: sensitivity", "params.yaml: `sensitivity")
+    assert not any(fault.startswith(own) for fault in faults(document, WIDTHS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"export": {"formats": ["onnx"]}}, ["export.formats.0", "'onnx'", "'gguf'"]),
+        ({"export": {"formats": ["gguf", "gguf"]}}, ["export.formats", "each format once"]),
+        ({"export": {"source": "model"}}, ["export.source", "'model'", "'pruned'"]),
+        (
+            {"export": {"formats": ["gguf"]}, "quantize": {"group_size": 48}},
+            ["export.formats", "blocks of 32", "quantize.group_size, 48", "multiple of 32"],
+        ),
+        (
+            {"export": {"formats": ["gguf"], "source": "retrained"}, "retrain": {"method": "lora"}},
+            ["export.source", "`retrained` has the adapter", "valid: pruned"],
+        ),
+        (
+            {"export": {"formats": ["compact"]}, "prune": {"method": "none"}},
+            ["export.formats", "compact leaves pruned weights out", "prune.method is `none`"],
+        ),
+    ],
+)
+def test_an_export_that_cannot_be_is_told(
+    document: dict[str, Any], changes: dict[str, dict[str, Any]], told: list[str]
+) -> None:
+    for section, values in changes.items():
+        document[section] |= values
+    found = "\n".join(faults(document))
+    for part in told:
+        assert part in found
+
+
+@pytest.mark.parametrize("source", ["pruned", "retrained"])
+def test_groups_do_not_matter_to_what_is_exported_before_them(document: dict[str, Any], source: str) -> None:
+    document["export"] |= {"source": source, "formats": ["gguf"]}
+    document["quantize"]["group_size"] = 48
+    assert not any("export" in fault for fault in faults(document, WIDTHS))
+
+
+def test_a_model_that_gguf_is_not_written_for_is_told(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "data" / "model" / "config.json"
+    config.parent.mkdir(parents=True)
+    document["export"]["formats"] = ["gguf"]
+    for architecture, count in (("GemmaForCausalLM", 1), ("LlamaForCausalLM", 0)):
+        config.write_text(f'{{"architectures": ["{architecture}"]}}')
+        assert len([fault for fault in faults(document, WIDTHS) if "is not written as GGUF" in fault]) == count
+
+
 def test_bounds_are_not_looked_at_where_nothing_is_pruned(document: dict[str, Any]) -> None:
     document["prune"]["method"] = "none"
     document["allocate"] |= {"high": 0.1, "rule": "pmpq"}
@@ -230,7 +344,7 @@ def test_a_cycle_is_gone_on_with_evenly(document: dict[str, Any]) -> None:
 def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -> None:
     document["prune"] |= {"method": "sparsegpt", "bits": 4, "group_size": 64}
     document["retrain"]["method"] = "subset"
-    document["quantize"] |= {"method": "given", "sensitive_share": 0.0}
+    document["quantize"] |= {"method": "given", "plan": "uniform"}
     assert faults(document, WIDTHS) == []
     document["retrain"]["method"] = "mask_lora"
     document["quantize"]["bits"] = 8
@@ -257,7 +371,7 @@ def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -
         ({"patience": 2}, ["retrain.patience", "judged on text that is not trained on"]),
         ({"held_out": 500}, ["retrain.length", "tokens are needed of corpora.training"]),
         ({"targets": ["*.up_proj", "*.query"]}, ["retrain.targets", "`*.query` matches no layer", "up_proj"]),
-        ({"method": "lora"}, ["quantize.method", "`rtn` would change the weights under the adapter"]),
+        ({"method": "lora"}, ["quantize.method", "`gptq` would change the weights under the adapter"]),
         ({"method": "lora"}, ["unlearn.method", "`gradient_ascent`", "valid: none"]),
         ({"processes": 2, "accumulation": 3}, ["retrain.processes", "2 processes cannot share 3 batches"]),
         ({"processes": 2, "accumulation": 2, "objective": "block"}, ["retrain.processes", "valid: 1"]),

@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from compression import sensitivity
 from compression.core.errors import Problem
 from tasks.report import build_report
-from tasks.reporting import page
+from tasks.reporting import measures, page
 
 NAMES = ["dense", "pruned", "retrained", "quantized", "unlearned"]
 FOLDERS = ["model", "pruned", "retrained", "quantized", "unlearned"]
@@ -49,6 +50,16 @@ def evaluation(place: int) -> dict[str, Any]:
     }
 
 
+KERNELS = {
+    "layers": {"int4": 10, "int4 twice": 1},
+    "left": [LAYERS[2]],
+    "prefill_tokens_per_second": 720.0,
+    "decode_tokens_per_second": 38.0,
+    "weight_bytes": 125_000_000,
+    "logits_error": 0.01,
+}
+
+
 def speed(place: int) -> dict[str, Any]:
     return {
         "checkpoint": NAMES[place],
@@ -57,7 +68,9 @@ def speed(place: int) -> dict[str, Any]:
         "load_seconds": 1.25,
         "prefill_tokens_per_second": 900.0 + place,
         "decode_tokens_per_second": [20.0, 20.0, 20.5, 11.0, 11.0][place],
+        "weight_bytes": DENSE_BYTES,
         "peak_memory_bytes": 900_000_000,
+        "kernels": KERNELS if place > 2 else None,
     }
 
 
@@ -184,6 +197,12 @@ def test_metrics_are_nested_numbers(root: Path) -> None:
     assert list(metrics) == NAMES
     assert metrics["pruned"]["perplexity"] == {"wiki": 60.5, "technical": 30.0}
     assert metrics["quantized"]["tokens_per_second"] == {"prefill": 903.0, "decode": 11.0}
+    assert metrics["quantized"]["kernels"]["tokens_per_second"] == {"prefill": 720.0, "decode": 38.0}
+    assert (metrics["quantized"]["weight_bytes"], metrics["quantized"]["kernels"]["weight_bytes"]) == (
+        DENSE_BYTES,
+        125_000_000,
+    )
+    assert "kernels" not in metrics["dense"]
     assert metrics["unlearned"]["forget"] == {"loss": 4.02, "control_loss": 2.5, "tokens": 4096}
     assert metrics["unlearned"]["retain"] == {"loss": 3.6, "tokens": 4096}
     assert metrics["quantized"]["bytes"] == 120_500_000
@@ -211,6 +230,8 @@ def test_the_table_has_five_rows_with_the_right_figures(root: Path) -> None:
         "5.25",
         "903 ×1.00",
         "11.0 ×0.55",
+        "38.0 ×1.90",
+        "125.0",
         "900.0",
         "2.15",
         "2.25",
@@ -222,7 +243,7 @@ def test_every_cell_of_the_table_has_a_header(root: Path) -> None:
     html = (report(root) / "index.html").read_text()
     head = html.split('<table class="figures"')[1].split("</thead>")[0]
     columns = len(re.findall(r'scope="col"', head))
-    assert columns == 13
+    assert columns == 15
     assert all(len(cells) == columns - 1 for cells in figures_rows(html).values())
     assert sum(int(span) for span in re.findall(r'colspan="(\d+)"', head)) == columns - 1
 
@@ -430,7 +451,20 @@ def test_revived_weights_are_shouted(root: Path) -> None:
         (
             "data/evaluation/pruned.json",
             {},
-            "slower than with the dense checkpoint in quantized (×0.55) and unlearned (×0.55)",
+            "With kernels that compute with codes (layers: 10 on int4 and 1 on int4 twice, 1 that none fits) the "
+            "quantized checkpoint decodes at ×1.90 of dense and reads prompts at ×0.80; its weights take 125.0 MB of "
+            "memory instead of 269.0 MB. Loaded by transformers alone it is unpacked at the first pass and decodes at "
+            "×0.55.",
+        ),
+        (
+            "data/speed/quantized.json",
+            {"kernels": None},
+            "quantized (×0.55) gains nothing. Its format buys bytes only.",
+        ),
+        (
+            "data/speed/unlearned.json",
+            {"kernels": KERNELS | {"decode_tokens_per_second": 21.0}},
+            "unlearned (×1.05 with kernels) gains nothing. Its format buys bytes only.",
         ),
         (
             "data/evaluation/unlearned.json",
@@ -454,6 +488,16 @@ def test_revived_weights_are_shouted(root: Path) -> None:
             "Retraining made the perplexity on wiki",
         ),
         ("data/speed/pruned.json", {"device": "cuda"}, "do not compare them"),
+        (
+            "data/quantized/manifest.json",
+            {"quantization": QUANTIZATION | {"vllm_faults": []}},
+            "By its schema vLLM takes the quantised checkpoint, as transformers does; vLLM was not run.",
+        ),
+        (
+            "data/quantized/manifest.json",
+            {"quantization": QUANTIZATION | {"vllm_faults": ["up_proj: 3 bits"]}},
+            "transformers loads the quantised checkpoint; vLLM is not expected to: up_proj: 3 bits.",
+        ),
     ],
 )
 def test_notes_are_told_where_the_data_says_so(root: Path, path: str, values: dict[str, Any], sentence: str) -> None:
@@ -467,7 +511,7 @@ def test_notes_are_kept_back_where_it_does_not(root: Path) -> None:
     change(root, "data/model/manifest.json", source="hf://org/model-BF16.gguf@1")
     for name in NAMES[1:]:
         change(root, f"data/evaluation/{name}.json", bytes=100_000_000, zeros=0.5)
-        change(root, f"data/speed/{name}.json", decode_tokens_per_second=22.0)
+        change(root, f"data/speed/{name}.json", decode_tokens_per_second=22.5)
     html = (report(root) / "index.html").read_text()
     for sentence in (
         "same bytes as",
@@ -503,9 +547,10 @@ def test_plot_tables(root: Path) -> None:
     assert last.loc["model.layers.3.mlp.down_proj", ["block", "sparsity"]].tolist() == [3, 0.25]
 
     blocks = pd.read_csv(folder / "sensitivity.csv")
-    assert list(blocks.columns) == ["block", "pmpq", "outlier_ratio"]
+    assert list(blocks.columns) == ["block", "measure", "sensitivity", "outlier_ratio"]
+    assert set(blocks["measure"]) == {"pmpq"}
     assert blocks["block"].tolist() == list(range(BLOCKS))
-    assert blocks["pmpq"].tolist() == pytest.approx([0.01 * (block + 1) for block in range(BLOCKS)])
+    assert blocks["sensitivity"].tolist() == pytest.approx([0.01 * (block + 1) for block in range(BLOCKS)])
     assert blocks["outlier_ratio"].tolist() == pytest.approx([0.004] * BLOCKS)
 
     points = pd.read_csv(folder / "perplexity_bytes.csv")
@@ -576,12 +621,30 @@ def test_a_wrong_value_is_named(root: Path) -> None:
         report(root)
 
 
-def test_a_sensitivity_table_without_values(root: Path) -> None:
+@pytest.mark.parametrize("column", ["", ",pmpq"])
+def test_no_measure_of_sensitivity_ran(root: Path, column: str) -> None:
     path = root / "data/sensitivity/sensitivity.csv"
-    path.write_text("layer,block,parameters,pmpq,outlier_ratio\nmodel.layers.0.q,0,10,,0.01\n")
+    empty = "," if column else ""
+    path.write_text(f"layer,block,parameters{column},outlier_ratio\nmodel.layers.0.q,0,10{empty},0.01\n")
     html = (report(root) / "index.html").read_text()
     assert "loss increase of the blocks was not measured" in html
     assert "Outlier ratio: " in html
+
+
+@pytest.mark.parametrize(("measure", "told"), [("cmpq", "CMPQ"), ("tdmpq", "TDMPQ"), ("measured", "measured")])
+def test_the_measure_that_ran_is_drawn(root: Path, measure: str, told: str) -> None:
+    path = root / "data/sensitivity/sensitivity.csv"
+    path.write_text(
+        f"layer,block,parameters,{measure},cost_4,outlier_ratio\n"
+        "model.layers.0.q,0,10,0.25,9.0,0.01\nmodel.layers.0.k,0,10,0.75,9.0,0.01\nmodel.layers.1.q,1,10,2.0,9.0,0.01\n"
+    )
+    out = report(root)
+    blocks = pd.read_csv(out / "plots/sensitivity.csv")
+    assert blocks["measure"].tolist() == [measure] * 2
+    assert blocks["sensitivity"].tolist() == [0.5, 2.0]
+    caption = re.search(r"[^<>]*most in block 1 with 2[^<>]*", (out / "index.html").read_text())
+    assert caption
+    assert told in caption[0]
 
 
 def test_a_large_range_of_perplexities_is_drawn_logarithmically(root: Path) -> None:
@@ -606,3 +669,14 @@ def test_odd_models_are_drawn_too(root: Path) -> None:
 def test_the_page_has_words_for_every_method(registry: str) -> None:
     methods = importlib.import_module(f"compression.{registry}").METHODS
     assert set(methods) - {"none"} <= set(page.METHODS)
+
+
+def test_the_page_has_words_for_every_measure() -> None:
+    assert set(sensitivity.METHODS) - {"none"} == set(measures.MEASURES)
+
+
+def test_rounded_embeddings_belong_to_no_block(root: Path) -> None:
+    """The page tells which blocks are finer; an embedding of 8 bits is in none of them."""
+    bits = {"model.embed_tokens": 8} | QUANTIZATION["bits"]  # type: ignore[dict-item]
+    change(root, "data/quantized/manifest.json", quantization=QUANTIZATION | {"bits": bits})
+    assert figures_rows((report(root) / "index.html").read_text())

@@ -1,0 +1,76 @@
+"""Bits by layer, out of section `quantize` and the sensitivity table."""
+
+from collections.abc import Mapping
+from math import log
+
+import pandas as pd
+
+from compression.core.errors import Problem
+from compression.quantization import plan
+from compression.quantization.plan import Group
+from tasks.params.quantize import Quantize
+
+KEY = "quantize.average_bits"
+
+
+def bits_by_layer(params: Quantize, table: pd.DataFrame | None, layers: Mapping[str, list[int]]) -> dict[str, int]:
+    """What each layer gets; no plan tears apart what runtimes fuse.
+
+    Rules that go by scores deal out widths to whole blocks, as CPTQuant does, by the mean score of their layers. Rules
+    that go by costs deal them out to fused groups, by the sum of their layers' costs.
+
+    Args:
+        table: of stage sensitivity; not looked at for a uniform plan.
+        layers: shape [out, in] of each layer, in the order of the model.
+
+    Raises:
+        Problem: the table does not fit, or no plan keeps to the budget or the ceiling.
+    """
+    fused = plan.fused_groups(layers)
+    if params.plan == "uniform" or table is None:
+        return plan.by_layer(plan.uniform(fused, params.bits), layers)
+    if list(table["layer"]) != list(layers):
+        raise Problem("the sensitivity table", "is not about the layers of this model", "run stage sensitivity again")
+    if params.by not in table or table[params.by].isna().any():
+        raise Problem(
+            "params.yaml: quantize.by", f"the sensitivity table has no `{params.by}`", "set sensitivity.method to it"
+        )
+    rows = table.set_index("layer")
+    if params.plan in ("percentile", "kmeans"):
+        blocks = plan.block_groups({str(layer): int(block) for layer, block in rows["block"].items()})
+        scores = {group: float(rows.loc[list(group), params.by].mean()) for group in blocks}
+        shares = dict(zip(params.widths, params.shares, strict=False))
+        by_score = (
+            plan.by_kmeans(scores, params.widths) if params.plan == "kmeans" else plan.by_percentile(scores, shares)
+        )
+        return plan.by_layer(by_score, layers)
+    costs = group_costs(rows, params.by, fused, params.widths)
+    if params.plan == "budget":
+        sizes = plan.group_sizes(fused, layers, params.widths)
+        budget = params.average_bits * sum(out * width for out, width in layers.values())
+        return plan.by_layer(plan.by_budget(costs, sizes, budget, KEY), layers)
+    sizes = plan.group_sizes(fused, layers, params.widths, params.group_size, params.symmetric)
+    ceiling = log(params.perplexity_ceiling)
+    return plan.by_layer(plan.cheapest_under(costs, sizes, ceiling, "quantize.perplexity_ceiling"), layers)
+
+
+def group_costs(rows: pd.DataFrame, by: str, groups: list[Group], widths: list[int]) -> dict[Group, dict[int, float]]:
+    """What each group costs at each width, in nats a token where the measure says so.
+
+    A measure that has no cost for each width has a score S: a layer of n weights then costs max(S, 0) n 4^-b, since the
+    square of the rounding error falls fourfold with each bit. What is not rounded costs nothing.
+
+    Args:
+        rows: the sensitivity table by layer.
+    """
+    own = any(f"cost_{bits}" in rows for bits in widths) and by in ("tdmpq", "measured")
+
+    def cost(group: Group, bits: int) -> float:
+        if bits >= plan.UNPACKED:
+            return 0.0
+        part = rows.loc[list(group)]
+        if own:
+            return float(part[f"cost_{bits}"].sum())
+        return float((part[by].clip(lower=0) * part["parameters"]).sum()) * 4.0**-bits
+
+    return {group: {bits: cost(group, bits) for bits in widths} for group in groups}

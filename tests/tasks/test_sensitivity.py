@@ -1,0 +1,71 @@
+"""Stage sensitivity writes one table, whatever the measure."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from compression.core.checkpoint import Checkpoint
+from compression.core.files import write_tensors
+from tasks import sensitivity
+from tests import tiny
+from tests.conftest import Make
+from tests.imports import ROOT
+
+TABLE = Path("data/sensitivity/sensitivity.csv")
+COSTS = ["cost_2", "cost_4"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, imported: Make, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """A project with a tiny llama, input norms and a calibration text."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(imported("llama"), "data/model")
+    model = Checkpoint(Path("data/model"))
+    for folder in ("calibration", "corpora"):
+        Path("data", folder).mkdir()
+    norms = {layer: torch.ones(width) for layer, (_, width) in model.layers.items()}
+    write_tensors(Path("data/calibration/input_norms.safetensors"), norms)
+    tokens = tiny.encode(tiny.sentences(2, 12)).flatten()
+    write_tensors(Path("data/corpora/calibration.safetensors"), {"tokens": tokens.to(torch.int32)})
+    return model
+
+
+def run(**changes: Any) -> pd.DataFrame:
+    document = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    document["compute"] = {"device": "cpu", "dtype": "float32", "threads": 1}
+    document["sensitivity"] |= {"widths": [2, 4], "group_size": 32, "components": 2, "sequences": 6, "length": 32}
+    document["sensitivity"] |= changes
+    Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    sensitivity.main()
+    return pd.read_csv(TABLE)
+
+
+@pytest.mark.parametrize("per", ["block", "layer"])
+@pytest.mark.parametrize(
+    ("method", "columns"),
+    [
+        ("none", []),
+        ("pmpq", ["pmpq"]),
+        ("cmpq", ["cmpq"]),
+        ("tdmpq", ["tdmpq", *COSTS]),
+        ("measured", ["measured", *COSTS]),
+    ],
+)
+def test_the_table_has_the_columns_of_the_measure(
+    project: Checkpoint, method: str, columns: list[str], per: str
+) -> None:
+    table = run(method=method, per=per)
+    assert list(table.columns) == ["layer", "block", "parameters", *columns, "outlier_ratio"]
+    assert table["layer"].tolist() == list(project.layers)
+    assert table["block"].tolist() == [int(layer.split(".")[2]) for layer in project.layers]
+    assert table.notna().all(axis=None)
+    if columns:
+        assert table.groupby("block")[method].nunique().max() == (1 if per == "block" else 7)
+    before = TABLE.read_bytes()
+    run(method=method, per=per)
+    assert TABLE.read_bytes() == before
