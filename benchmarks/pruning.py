@@ -13,6 +13,7 @@ its arms are called peer/wanda and peer/sparsegpt.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def judge(folder: Path, windows: int) -> dict[str, Any]:
 
     from tasks.core.text import read_sequences
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     weights = [p for n, p in model.model.layers.named_parameters() if p.ndim == 2]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

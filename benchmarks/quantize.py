@@ -77,7 +77,7 @@ def ours(section: dict[str, Any], source: Path, sequences: int, folder: Path, ru
     from tasks.quantize import all_schemes
 
     params, checkpoint, device = read(Quantize, {"quantize": section}), Checkpoint(source), torch.device("cpu")
-    table = pd.read_csv(SCRATCH / f"{params.by}.csv") if params.ranks else None
+    table = pd.read_csv(SCRATCH / f"{params.by}.csv") if params.ranks and rule is None else None
     bits = bits_by_layer(params, table, checkpoint.layers) if rule is None else plain_rule(rule, params, checkpoint)
     model, ids = anatomy(source), read_sequences("calibration", sequences, LENGTH, "--sequences")
     schemes = all_schemes(params, bits, model.embedding)
@@ -118,6 +118,8 @@ def run_arm(arm: str, source: str, sequences: int, windows: int, folder: str, ru
     """Runs one arm in this process and judges its model."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  loaded before the clock starts
+
+    import tasks.quantize  # noqa: F401  likewise
 
     torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -160,7 +162,8 @@ def measure(by: str, sequences: int, length: int, widths: list[int]) -> dict[str
     model, device = Checkpoint(DATA / "model"), torch.device("cpu")
     ids = read_sequences("calibration", sequences, length, "--sequences")
     skeleton = Skeleton(model.folder, model.outer(), model.block, device, pick_dtype("auto", device))
-    settings = Settings(per="layer" if by in ("tdmpq", "measured") else "block", widths=tuple(widths))
+    # Measured layer by layer, a forward pass each and at each width, would take hours; its blocks share their costs out.
+    settings = Settings(per="layer" if by == "tdmpq" else "block", widths=tuple(widths))
     SCRATCH.mkdir(parents=True, exist_ok=True)
     cpu = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
@@ -225,7 +228,10 @@ def planned(chosen: argparse.Namespace) -> list[tuple[str, str | None]]:
 
 
 def main() -> None:
-    chosen = arguments().parse_args()
+    parser = arguments()
+    chosen = parser.parse_args()
+    if chosen.peer is None and any(arm.startswith("peer/") for arm in chosen.arms):
+        parser.error("peer arms need --peer")
     if chosen.aside:
         print(json.dumps(ASIDE[chosen.aside[0]](**json.loads(chosen.aside[1]))), flush=True)
         return

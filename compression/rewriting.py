@@ -48,7 +48,7 @@ def rewrite(
     ids: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-    outer: dict[str, Tensor] | None = None,
+    outer: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda plain: plain,
 ) -> Ledger:
     """Writes the changed blocks of `source` to `writer`, going on behind the journal's last block.
 
@@ -58,7 +58,7 @@ def rewrite(
         change: (layer, weight [out, in] as it is stored, its statistic, its mask bool [out, in] so far) -> the layer.
         ids: calibration tokens int64 [N, T]; not looked at without a statistic.
         dtype: type of the forward pass.
-        outer: what is written in place of the tensors outside the blocks, if they change as well.
+        outer: what is written in place of the tensors outside the blocks.
 
     Returns:
         what was noted, by layer and name, in the order of the model.
@@ -68,24 +68,38 @@ def rewrite(
     """
     finished, state = journal.load()
     ledger, before, plain = ledgers.unpack(state), source.masks(), source.outer()
-    writer.write_outer(plain if outer is None else outer)
+    writer.write_outer(outer(plain))
     walk = None
     if statistic is not None:
         walk = Walk(Skeleton(source.folder, plain, source.block, device, dtype), ids, state.get("hidden"))
     blocks = range(finished, source.depth)
     for index in progress(blocks, what=what, unit="block", total=source.depth, done=finished):
         tensors, masks = source.block(index), source.block_masks(index, before)
-        done: dict[str, Rewritten] = {}
+        ready: dict[str, Tensor] = {}
+        keep: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
 
         def renew(
-            layer: str, seen: Any, tensors: Any = tensors, masks: Any = masks, done: dict[str, Rewritten] = done
+            layer: str,
+            seen: Any,
+            tensors: Any = tensors,
+            masks: Any = masks,
+            ready: Any = ready,
+            keep: Any = keep,
+            scales: Any = scales,
         ) -> Tensor:
             weight = tensors.pop(f"{layer}.weight").to(device)
             # A sum tells in a tenth of the time; only if it is not finite is each weight looked at.
             if not (weight.float().sum().isfinite() or weight.isfinite().all()):
                 raise Problem(f"{layer}.weight", "holds NaN or infinite values", "is the model file whole?")
-            done[layer] = change(layer, weight, seen, masks.get(layer))
-            return done[layer].weight
+            new = change(layer, weight, seen, masks.get(layer))
+            ready.update({f"{layer}.{name}": tensor.cpu() for name, tensor in new.tensors.items()})
+            if new.keep is not None:
+                keep[layer] = new.keep.cpu()
+            if new.scale is not None:
+                scales[layer] = new.scale.cpu()
+            ledger[layer] = new.notes
+            return new.weight
 
         here = [layer for layer in source.layers if f"{layer}.weight" in tensors]
         if walk is None or statistic is None:
@@ -94,13 +108,13 @@ def rewrite(
         else:
             walk.through(index, statistic, renew)
         for layer in here:
-            if layer not in done:
+            if f"{layer}.weight" in tensors:
                 raise Problem(layer, "no calibration token came by, so nothing is known of its input")
-            tensors |= {f"{layer}.{name}": tensor.cpu() for name, tensor in done[layer].tensors.items()}
-            ledger[layer] = done[layer].notes
-        keep = {layer: own.keep.cpu() for layer, own in done.items() if own.keep is not None}
-        scales = {layer: own.scale.cpu() for layer, own in done.items() if own.scale is not None}
+        tensors |= ready
         writer.write_block(index, tensors, keep, scales)
         journal.save(index + 1, ledgers.pack(ledger) | ({} if walk is None else {"hidden": walk.hidden}))
-        tidy(sum(tensor.nbytes for tensor in tensors.values()))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        for held in (tensors, ready, keep, scales):
+            held.clear()
+        tidy(size)
     return ledgers.in_order(ledger, list(source.layers))

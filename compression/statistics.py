@@ -160,7 +160,7 @@ class Gram:
                 if upper.isfinite().all():
                     return Factor(upper, dead, damping, order)
             damping = max(10 * damping, 1e-4)
-        raise Problem("X^T X", "cannot be factored", "raise prune.damping, or look whether the inputs are sound")
+        raise Problem("X^T X", "cannot be factored", "raise the damping, or look whether the inputs are sound")
 
     def _scale(self, damping: float) -> Scaled:
         matrix, _ = self._alive()

@@ -259,7 +259,7 @@ def plan_has_scores(quantize: Quantize, sensitivity: Sensitivity, layers: dict[s
         yield Problem(
             f"{PARAMS}: quantize.by",
             f"`{quantize.by}` is not in the sensitivity table, since sensitivity.method is `{sensitivity.method}`",
-            f"set sensitivity.method to {quantize.by}, quantize.by to outlier_ratio, or quantize.plan to uniform",
+            f"set sensitivity.method to {quantize.by}, or quantize.plan to uniform",
         )
     costed = quantize.by in ("tdmpq", "measured")
     if quantize.plan == "ceiling" and not costed:
@@ -273,6 +273,27 @@ def plan_has_scores(quantize: Quantize, sensitivity: Sensitivity, layers: dict[s
             f"{PARAMS}: quantize.widths",
             f"the cost of {missing[0]} bits is not measured",
             f"valid: those of sensitivity.widths, {listed}; and 16",
+        )
+
+
+def grids_load_together(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """transformers loads grids of these kinds beside each other; not all, see compression/quantization/scheme.py."""
+    if quantize.method == "none":
+        return
+    inner = {quantize.bits} if quantize.plan == "uniform" else {width for width in quantize.widths if width <= 8}
+    if len(inner | ({quantize.embeddings} if quantize.embeddings else set())) == 1:
+        return
+    if quantize.embeddings not in (None, 8):
+        yield Problem(
+            f"{PARAMS}: quantize.embeddings",
+            f"transformers does not load an embedding of {quantize.embeddings} bits beside layers of others",
+            "valid: null, 8; or plan uniform with quantize.bits the same",
+        )
+    if quantize.group_size == "row" and not quantize.symmetric:
+        yield Problem(
+            f"{PARAMS}: quantize.symmetric",
+            "transformers does not load asymmetric rows of several widths",
+            "valid: true; or quantize.group_size a number",
         )
 
 
@@ -451,8 +472,8 @@ def text_suffices(
 RULES: list[Callable[..., Iterator[Problem]]] = [
     pattern_fits, scope_suits_method, rounding_suits_method, grid_is_passed_on, dense_layers_exist, allocation_fits,
     allocation_has_scores, allocation_keeps_mask, cycles_grow, pruning_goes_on, groups_fit, plan_has_scores,
-    plan_keeps_budget, adapters_have_masks, retraining_is_sound, adapter_stays_apart, formats_suit_model,
-    text_suffices, sensitivity_can_be_measured,
+    plan_keeps_budget, grids_load_together, adapters_have_masks, retraining_is_sound, adapter_stays_apart,
+    formats_suit_model, text_suffices, sensitivity_can_be_measured,
 ]  # fmt: skip
 
 

@@ -26,15 +26,24 @@ def bits_by_layer(params: Quantize, table: pd.DataFrame | None, layers: Mapping[
     Raises:
         Problem: the table does not fit, or no plan keeps to the budget or the ceiling.
     """
+    bits = _chosen(params, table, layers)
+    plan.check_plan(bits, plan.fused_groups(layers))
+    return bits
+
+
+def _chosen(params: Quantize, table: pd.DataFrame | None, layers: Mapping[str, list[int]]) -> dict[str, int]:
     fused = plan.fused_groups(layers)
-    if params.plan == "uniform" or table is None:
+    if params.plan == "uniform":
         return plan.by_layer(plan.uniform(fused, params.bits), layers)
+    assert table is not None
     if list(table["layer"]) != list(layers):
         raise Problem("the sensitivity table", "is not about the layers of this model", "run stage sensitivity again")
-    if params.by not in table or table[params.by].isna().any():
+    if params.by not in table:
         raise Problem(
             "params.yaml: quantize.by", f"the sensitivity table has no `{params.by}`", "set sensitivity.method to it"
         )
+    if table.filter(regex=f"^({params.by}|cost_.*)$").isna().any(axis=None):
+        raise Problem("the sensitivity table", f"`{params.by}` is not a number for every layer", "measure it again")
     rows = table.set_index("layer")
     if params.plan in ("percentile", "kmeans"):
         blocks = plan.block_groups({str(layer): int(block) for layer, block in rows["block"].items()})
@@ -62,14 +71,24 @@ def group_costs(rows: pd.DataFrame, by: str, groups: list[Group], widths: list[i
 
     Args:
         rows: the sensitivity table by layer.
+
+    Raises:
+        Problem: a width that was not measured.
     """
-    own = any(f"cost_{bits}" in rows for bits in widths) and by in ("tdmpq", "measured")
+    costed = by in ("tdmpq", "measured")
+    missing = [bits for bits in widths if bits < plan.UNPACKED and f"cost_{bits}" not in rows]
+    if costed and missing:
+        raise Problem(
+            "params.yaml: quantize.widths",
+            f"the sensitivity table has no cost of {missing[0]} bits",
+            "name it in sensitivity.widths",
+        )
 
     def cost(group: Group, bits: int) -> float:
         if bits >= plan.UNPACKED:
             return 0.0
         part = rows.loc[list(group)]
-        if own:
+        if costed:
             return float(part[f"cost_{bits}"].sum())
         return float((part[by].clip(lower=0) * part["parameters"]).sum()) * 4.0**-bits
 

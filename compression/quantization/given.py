@@ -28,11 +28,12 @@ def quantize(
     Raises:
         Problem: there is no such grid, or the weights have moved off it.
     """
-    if given is None or given.bits != bits or groups_of(weight, settings.group_size) != given.scale.shape[1]:
+    fits = given is not None and settings.symmetric
+    if given is None or not fits or groups_of(weight, settings.group_size) != given.scale.shape[1]:
         raise Problem(
             "params.yaml: quantize.method",
-            f"`given` needs a checkpoint that was pruned on to a grid of {bits} bits, groups of {settings.group_size}",
-            "set prune.bits and prune.group_size alike, and retrain.method to none or subset",
+            f"`given` needs a checkpoint that was pruned on to a symmetric grid, groups of {settings.group_size}",
+            "set prune.bits and prune.group_size as in quantize, and retrain.method to none or subset",
         )
     codes = given.codes(weight)
     if not given.values(codes).equal(weight):

@@ -5,7 +5,7 @@ the grid. Under a mask, a dropped weight's only point is zero: what earlier colu
 other and goes on to the columns behind, so that the kept weights make up for it.
 """
 
-from math import lcm
+from math import gcd, lcm
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ def quantize(
         given: not used.
 
     Returns:
-        codes and grid, with notes: `damping` that was needed, and `error`, the share ||X (W - W')^T||^2 / ||X W^T||^2
-        (H damped above, not below).
+        codes and grid, zero for inputs that were zero on every token, with notes: `damping` that was needed, and
+        `error`, the share ||X (W - W')^T||^2 / ||X W^T||^2 (H damped above, not below).
 
     Raises:
         Problem: H cannot be factored, however much it is damped.
@@ -52,10 +52,10 @@ def quantize(
     importance = statistic.matrix().diagonal() if settings.clip else None
     kept = torch.ones_like(weight, dtype=torch.float32) if keep is None else keep.float()
     dense = weight.float() * kept
+    dense[:, factor.order[factor.dead]] = 0  # whatever they are, they become zero, and must not widen a grid
     fixed = settings.order == "activation" or not isinstance(settings.group_size, int)
     size = settings.group_size if isinstance(settings.group_size, int) else weight.shape[1]
     values, mask = dense.T[factor.order].contiguous(), kept.T[factor.order].contiguous()
-    values[factor.dead] = 0
     inputs, codes = factor.order.tolist(), torch.empty(values.shape, dtype=torch.int8, device=values.device)
     grids: dict[int, Grid] = {}
     if fixed:
@@ -73,8 +73,9 @@ def quantize(
         codes[place] = grid.codes((values[place] * mask[place])[:, None])[:, 0]
         return grid.values(codes[place][:, None])[:, 0].float()
 
-    columns = lcm(COLUMNS, size) if not fixed else COLUMNS
-    lost = sweep(values, factor.upper, change, columns, STRIP)
+    # A grid is fitted when all updates of its group are done, so groups have to begin where strips and blocks do.
+    columns, strip = (COLUMNS, STRIP) if fixed else (lcm(COLUMNS, size), gcd(STRIP, size))
+    lost = sweep(values, factor.upper, change, columns, strip)
     ordered = torch.empty_like(codes)
     ordered[factor.order] = codes
     notes = {"damping": factor.damping, "error": lost / max(statistic.energy(weight), 1e-30)}

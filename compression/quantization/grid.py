@@ -20,7 +20,7 @@ class Grid:
         bits: b, 2 to 8.
         scale: s [out, groups], or [1, 1] for the whole matrix, in the type in which it is stored; codes are always
             taken against the stored value, never against a finer one that the file does not hold.
-        zero: z, int8 like the scale, a code itself; None: 0.
+        zero: z, int8, shaped like the scale, a code itself; None: 0.
     """
 
     bits: int

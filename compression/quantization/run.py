@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.core.ledger import Ledger
 from compression.quantization.bits import check_group_size
@@ -17,6 +18,8 @@ from compression.quantization.method import Quantized, Settings
 from compression.quantization.packed import pack
 from compression.quantization.scheme import Anatomy, Scheme, layouts, pack_outer
 from compression.rewriting import Rewritten, rewrite
+
+ROWS = 8192  # of an embedding at a time
 
 
 def quantize_model(
@@ -48,11 +51,8 @@ def quantize_model(
     Raises:
         Problem: the group size does not divide a width, weights or inputs are not finite, or a pruned weight moved.
     """
-    scales, outer, stored = source.scales(), source.outer(), layouts(schemes, model)
-    ends = {layer: outer[f"{layer}.weight"] for layer in schemes if layer not in source.layers}
-    widths = source.layers | {layer: list(weight.shape) for layer, weight in ends.items()}
-    check_group_size({layer: widths[layer] for layer in schemes}, settings.group_size)
-    rounded = {layer: _round_end(weight, schemes[layer]) for layer, weight in ends.items()}
+    scales, stored = source.scales(), layouts(schemes, model)
+    check_group_size({layer: source.layers[layer] for layer in schemes if layer in source.layers}, settings.group_size)
 
     def quantize(layer: str, weight: Tensor, statistic: Any, keep: Tensor | None) -> Rewritten:
         if layer not in schemes:
@@ -70,12 +70,22 @@ def quantize_model(
         tensors = {name.removeprefix(f"{layer}."): part for name, part in packed.items()}
         return Rewritten(values, tensors, keep, notes=done.notes)
 
-    packed_outer = pack_outer(outer, rounded, stored, model)
-    return rewrite("quantize", source, writer, journal, method.STATISTIC, quantize, ids, device, dtype, packed_outer)
+    def outer(plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        ends = [layer for layer in schemes if layer not in source.layers]
+        rounded = {layer: _round_end(layer, plain[f"{layer}.weight"], schemes[layer]) for layer in ends}
+        return pack_outer(plain, rounded, stored, model)
+
+    return rewrite("quantize", source, writer, journal, method.STATISTIC, quantize, ids, device, dtype, outer)
 
 
-def _round_end(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
-    """An embedding or a head, whose inputs are not looked at."""
-    alike = torch.ones(weight.shape[1])
-    grid = fit_grid(weight, scheme.bits, scheme.group_size, scheme.symmetric, alike)
-    return grid.codes(weight), grid
+def _round_end(layer: str, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
+    """Codes and grid of an embedding or a head, whose inputs are not looked at; some rows at a time, being many."""
+    check_group_size({layer: list(weight.shape)}, scheme.group_size)
+    if not weight.isfinite().all():
+        raise Problem(f"{layer}.weight", "holds NaN or infinite values", "is the model file whole?")
+    alike, rows = torch.ones(weight.shape[1]), len(weight) if scheme.group_size == "tensor" else ROWS
+    parts = weight.split(rows)
+    grids = [fit_grid(part, scheme.bits, scheme.group_size, scheme.symmetric, alike) for part in parts]
+    codes = torch.cat([grid.codes(part) for grid, part in zip(grids, parts, strict=True)])
+    zeros = [grid.zero for grid in grids if grid.zero is not None]
+    return codes, Grid(scheme.bits, torch.cat([grid.scale for grid in grids]), torch.cat(zeros) if zeros else None)

@@ -1,6 +1,7 @@
 """Reads one section of params.yaml into its model, and says in plain words what is wrong with it."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -11,6 +12,7 @@ from ruamel.yaml.error import YAMLError
 from compression.core.errors import Problem
 
 PARAMS = Path("params.yaml")
+TYPE = re.compile(r"literal\[.*\]|constrained-\w+|function-.*|int|float|str|bool")  # a type, as pydantic names it
 
 
 class Section(BaseModel):
@@ -65,7 +67,9 @@ def nearest(word: str, valid: list[str]) -> str:
 
 
 def _sentence(model: type[BaseModel], fault: Any) -> str:
-    path = ".".join([model.section if issubclass(model, Section) else "", *map(str, fault["loc"])])
+    # Of a key that may be of several types, pydantic adds the name of the type.
+    steps = [str(step) for step in fault["loc"] if not TYPE.fullmatch(str(step))]
+    path = ".".join([model.section if issubclass(model, Section) else "", *steps])
     if fault["type"] == "extra_forbidden":
         return f"unknown key `{path}`; {nearest(str(fault['loc'][-1]), _keys_beside(model, fault['loc']))}"
     if fault["type"] == "missing":

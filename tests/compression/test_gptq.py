@@ -48,6 +48,28 @@ def test_equals_naive_twin(bits: int, symmetric: bool, clip: bool, order: str, m
     torch.testing.assert_close(values.double(), twin, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("group_size", [12, 16, 24, 48])
+def test_groups_of_any_size_equal_the_twin(group_size: int, order: str) -> None:
+    """Grids see all updates of the columns before their group, wherever strips begin."""
+    weight, inputs, statistic = layer(width=48)
+    weight[:, DEAD] = 0
+    done = gptq.quantize(weight, 4, Settings(group_size, order=order), statistic)  # type: ignore[arg-type]
+    H, values = obs.hessian(inputs, 0.01), done.grid.values(done.codes)
+    twin = reference.gptq(weight, H, 4, group_size, by_activation=order == "activation", ties_as=values)
+    torch.testing.assert_close(values.double(), twin, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["natural", "activation"])
+def test_loud_weights_of_an_input_that_never_speaks_cost_nothing(order: str) -> None:
+    weight, inputs, statistic = layer()
+    weight[:, DEAD] = 30
+    done = gptq.quantize(weight, 4, Settings(8, order=order), statistic)  # type: ignore[arg-type]
+    values = done.grid.values(done.codes)
+    assert (values[:, DEAD] == 0).all()
+    assert obs.layer_error(weight, values, inputs) < 0.01
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group_size", [8, "row", "tensor"])
 @pytest.mark.parametrize("order", ["natural", "activation"])

@@ -35,7 +35,7 @@ def test_the_grid_of_a_joint_pass_is_packed_as_it_is(imported: Make, tmp_path: P
 def test_no_grid_or_one_that_weights_have_left_is_told(
     pruned: Checkpoint, imported: Make, tmp_path: Path, ids: Tensor
 ) -> None:
-    with pytest.raises(Problem, match="`given` needs a checkpoint that was pruned on to a grid"):
+    with pytest.raises(Problem, match="`given` needs a checkpoint that was pruned on to a symmetric grid"):
         quantize(pruned, tmp_path / "none", 32, given, 4)
     weight, grid = torch.tensor([[0.5, 0.0, 0.25, 1.0]]), Grid(4, torch.tensor([[0.25]]))
     codes = given.quantize(weight, 4, GridSettings(4), given=grid).codes

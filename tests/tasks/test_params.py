@@ -98,6 +98,11 @@ def test_group_size_that_divides_no_width_names_sizes_that_do(document: dict[str
     ("settings", "told"),
     [
         ({"plan": "budget", "average_bits": 3.0}, ["quantize.average_bits: 3.0 is less than every width", "from 4"]),
+        (
+            {"embeddings": 4},
+            ["quantize.embeddings: transformers does not load an embedding of 4 bits", "valid: null, 8"],
+        ),
+        ({"group_size": "row", "symmetric": False}, ["quantize.symmetric: transformers does not load asymmetric rows"]),
         ({"plan": "ceiling"}, ["quantize.by: `pmpq` does not say how far the loss rises", "tdmpq, measured"]),
         ({"plan": "budget", "by": "tdmpq", "widths": [5, 8, 16]}, ["quantize.widths: the cost of 5 bits", "and 16"]),
     ],
