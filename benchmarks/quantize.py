@@ -162,7 +162,7 @@ def measure(by: str, sequences: int, length: int, widths: list[int]) -> dict[str
     model, device = Checkpoint(DATA / "model"), torch.device("cpu")
     ids = read_sequences("calibration", sequences, length, "--sequences")
     skeleton = Skeleton(model.folder, model.outer(), model.block, device, pick_dtype("auto", device))
-    # Measured layer by layer, a forward pass each and at each width, would take hours; its blocks share their costs out.
+    # `measured` layer by layer, a forward pass each and at each width, would take hours; blocks share their costs out.
     settings = Settings(per="layer" if by == "tdmpq" else "block", widths=tuple(widths))
     SCRATCH.mkdir(parents=True, exist_ok=True)
     cpu = time.process_time()
