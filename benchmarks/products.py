@@ -1,7 +1,7 @@
 """Linear layers at one token and at many: bfloat16 weights against every kernel of torch's that reads fewer bits.
 
-    python -m benchmarks.kernels                       # the layers of SmolLM2-135M and of Llama-2-7B
-    python -m benchmarks.kernels 576x576 --tokens 1 --threads 1
+    python -m benchmarks.products                       # the layers of SmolLM2-135M and of Llama-2-7B
+    python -m benchmarks.products 576x576 --tokens 1 --threads 1
 
 A layer's weights come from memory, as they do in a model: so many copies take turns that together they fill CACHE.
 `int4`, `int4 twice` and `int8` are the layers of compression/evaluation/kernels.py: few tokens go through the kernel,
