@@ -154,24 +154,28 @@ def training_text(file: str | None, length: int) -> Any:
 
 
 def judge(folder: str, start: str, windows: int) -> dict[str, Any]:
-    """As in benchmarks/pruning.py, and how many weights that `start` had pruned are there again.
+    """As in benchmarks/pruning.py, and how many weights that the mask of `start` drops are there again.
 
     An adapter that lies beside the weights is not looked at for zeros, but is for perplexity.
     """
     from transformers import AutoModelForCausalLM
 
     from benchmarks import pruning
+    from compression.core import masks
+    from compression.core.checkpoint import Checkpoint
 
-    models = [AutoModelForCausalLM.from_pretrained(place, dtype="auto") for place in (start, folder)]
-    before, after = (dict(model.model.layers.named_parameters()) for model in models)
-    revived = sum(int(((p == 0) & (after[name] != 0)).sum()) for name, p in before.items() if p.ndim == 2)
+    model, pruned = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), Checkpoint(Path(start))
+    revived = sum(
+        masks.revived(model.get_parameter(f"{layer}.weight").data, masks.unpack(bits, pruned.layers[layer][1]))
+        for layer, bits in pruned.masks().items()
+    )
     found = {"revived": revived} | pruning.judge(Path(folder), windows)
     if not (Path(folder) / "adapter").exists():
         return found
     from peft import PeftModel
 
     merged = Path(folder).with_name("merged")
-    PeftModel.from_pretrained(models[1], Path(folder) / "adapter").merge_and_unload().save_pretrained(merged)
+    PeftModel.from_pretrained(model, Path(folder) / "adapter").merge_and_unload().save_pretrained(merged)
     return found | {"wiki_perplexity": pruning.judge(merged, windows)["wiki_perplexity"]}
 
 
