@@ -6,11 +6,12 @@ other and goes on to the columns behind, so that the kept weights make up for it
 """
 
 from math import gcd, lcm
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compression.quantization.grid import Grid, fit_grid
+from compression.quantization.grid import Grid, ends, fit_grid
 from compression.quantization.method import Quantized, Settings
 from compression.statistics import Gram
 from compression.sweep import STRIP, sweep
@@ -58,9 +59,10 @@ def quantize(
     values, mask = dense.T[factor.order].contiguous(), kept.T[factor.order].contiguous()
     inputs, codes = factor.order.tolist(), torch.empty(values.shape, dtype=torch.int8, device=values.device)
     grids: dict[int, Grid] = {}
+    columns_of: dict[int, _Column] = {}
     if fixed:
         whole = fit_grid(dense, bits, settings.group_size, settings.symmetric, importance, weight.dtype)
-        grids = {group: _column(whole, group, len(weight)) for group in range(whole.scale.shape[1])}
+        columns_of = {group: _column(whole, group, len(weight)) for group in range(whole.scale.shape[1])}
 
     def change(place: int) -> Tensor:
         group, start = divmod(inputs[place], size)
@@ -69,9 +71,10 @@ def quantize(
             weights = (values[part] * mask[part]).T
             own = None if importance is None else importance[part]
             grids[group] = fit_grid(weights, bits, size, settings.symmetric, own, weight.dtype)
-        grid = grids[group]
-        codes[place] = grid.codes((values[place] * mask[place])[:, None])[:, 0]
-        return grid.values(codes[place][:, None])[:, 0].float()
+            columns_of[group] = _column(grids[group], 0, len(weight))
+        new, found = columns_of[group].nearest(values[place] * mask[place])
+        codes[place] = found
+        return new
 
     # A grid is fitted when all updates of its group are done, so groups have to begin where strips and blocks do.
     columns, strip = (COLUMNS, STRIP) if fixed else (lcm(COLUMNS, size), gcd(STRIP, size))
@@ -82,13 +85,34 @@ def quantize(
     return Quantized(ordered.T.contiguous(), whole if fixed else _joined(grids), notes)
 
 
-def _column(grid: Grid, group: int, rows: int) -> Grid:
-    """One group's grid, for columns [out, 1]."""
-    return Grid(
-        grid.bits,
-        grid.scale[:, group, None].expand(rows, 1),
-        None if grid.zero is None else grid.zero[:, group, None].expand(rows, 1),
-    )
+class _Column(NamedTuple):
+    """One group's grid for columns [out] of W, in as few operations as there can be: they are done for every input.
+
+    Attributes:
+        scale: [out] as it is stored, and in float32.
+        zero: float32 [out], or None.
+    """
+
+    low: int
+    high: int
+    scale: Tensor
+    exact: Tensor
+    zero: Tensor | None
+
+    def nearest(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """The values nearest to weights float32 [out], float32, and their codes, in float32; column is worked on."""
+        codes = column.div_(self.exact)
+        if self.zero is None:
+            codes.round_().clamp_(self.low, self.high)
+            return (codes.to(self.scale.dtype) * self.scale).float(), codes
+        codes.add_(self.zero).round_().clamp_(self.low, self.high)
+        return ((codes - self.zero).to(self.scale.dtype) * self.scale).float(), codes
+
+
+def _column(grid: Grid, group: int, rows: int) -> _Column:
+    scale = grid.scale[:, group].expand(rows).contiguous()
+    zero = None if grid.zero is None else grid.zero[:, group].float().expand(rows).contiguous()
+    return _Column(*ends(grid.bits), scale, scale.float(), zero)
 
 
 def _joined(grids: dict[int, Grid]) -> Grid:
