@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .PHONY: compress test check format serve clean lock
 
-## compress: the whole pipeline on the model in params.yaml (ARGS="--set prune.sparsity=0.6" and the like)
+## compress: the whole pipeline on the model in params.yaml (ARGS="--set prune.sparsity=0.6" or "--params experiments/copyright.yaml")
 compress: $(READY)
 	$(BIN)/python -m flows.compress $(ARGS)
 

@@ -40,6 +40,7 @@ PLAIN = {
 }  # fmt: skip
 ARMS = ["ours/rtn", "ours/rtn+clip", "ours/gptq", "ours/gptq+activation", "ours/gptq+clip+activation"]
 LOTS = 5
+GROUP = 64  # inputs that share a scale, where costs are measured
 
 
 def settings_of(arm: str) -> dict[str, Any]:
@@ -102,8 +103,9 @@ def ours(section: dict[str, Any], source: Path, sequences: int, folder: Path, ru
 def plain_rule(rule: str, params: Any, checkpoint: Any) -> dict[str, int]:
     """Bits by layer of `head_tail` or `lot:seed`, at the section's average."""
     from compression.quantization import plan
+    from compression.quantization.fused import fused_groups
 
-    groups = plan.fused_groups(checkpoint.layers)
+    groups = fused_groups(checkpoint.layers)
     sizes = plan.group_sizes(groups, checkpoint.layers, params.widths)
     budget = params.average_bits * sum(rows * width for rows, width in checkpoint.layers.values())
     if rule.startswith("lot:"):
@@ -147,7 +149,11 @@ def weigh(folder: Path) -> dict[str, Any]:
 
 
 def measure(by: str, sequences: int, length: int, widths: list[int]) -> dict[str, Any]:
-    """Makes the table of sensitivity that `by` gives, as stage sensitivity does."""
+    """Makes the table of sensitivity that `by` gives, as stage sensitivity does.
+
+    Costs are those of GPTQ's weights: `measured` around the model that is rounded to the middle width, where plans of
+    that many bits lie, group by group; `tdmpq` around the dense one, since its second term needs the whole error.
+    """
     import torch
 
     from compression.core.checkpoint import Checkpoint
@@ -155,19 +161,27 @@ def measure(by: str, sequences: int, length: int, widths: list[int]) -> dict[str
     from compression.core.journal import Journal
     from compression.core.skeleton import Skeleton
     from compression.sensitivity import METHODS
+    from compression.sensitivity.rounding import try_widths
     from compression.sensitivity.settings import Settings
     from tasks.core.text import read_sequences
     from tasks.sensitivity import table_of
 
     model, device = Checkpoint(DATA / "model"), torch.device("cpu")
     ids = read_sequences("calibration", sequences, length, "--sequences")
-    skeleton = Skeleton(model.folder, model.outer(), model.block, device, pick_dtype("auto", device))
-    # `measured` layer by layer, a forward pass each and at each width, would take hours; blocks share their costs out.
-    settings = Settings(per="layer" if by == "tdmpq" else "block", widths=tuple(widths))
+    per, around = {"tdmpq": ("layer", None), "measured": ("group", sorted(widths)[len(widths) // 2])}.get(
+        by, ("block", None)
+    )
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    cpu = time.process_time()
+    cpu, dtype = time.process_time(), pick_dtype("auto", device)
     with tempfile.TemporaryDirectory() as scratch:
-        columns = import_module(METHODS[by]).measure(skeleton, ids, Journal(Path(scratch) / "journal"), settings)
+        folder, tried, block = Path(scratch), None, model.block
+        if by in ("tdmpq", "measured"):
+            rounding, tries = Journal(folder / "rounding"), tuple(widths)
+            tried = try_widths("gptq", model, folder / "tried", rounding, ids, tries, GROUP, around, device, dtype)
+            block = tried.block
+        skeleton = Skeleton(model.folder, model.outer(), block, device, dtype)
+        settings = Settings(per=per, widths=tuple(widths), group_size=GROUP, tried=tried, curvature="outputs")
+        columns = import_module(METHODS[by]).measure(skeleton, ids, Journal(folder / "journal"), settings)
     table_of(model, columns, 5.0).to_csv(SCRATCH / f"{by}.csv", index=False)
     return {"by": by, "cpu_s": time.process_time() - cpu}
 

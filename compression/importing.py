@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
 
 from compression.core.checkpoint import CheckpointWriter
 from compression.core.device import DTYPES
 from compression.core.errors import Problem
+from compression.core.files import write_text
 from compression.core.progress import progress
 from compression.core.skeleton import empty_model, find_blocks, linears
 
@@ -160,8 +162,21 @@ def _open_gguf(source: Path, template: Path, dtype: str) -> tuple[set[str], Read
         **options,
     )
     AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(template)
+    _keep_splitting(source, template / "tokenizer_config.json")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(template)
     model.generation_config.save_pretrained(template)
     tensors = model.state_dict()
     return set(tensors), tensors.__getitem__
+
+
+def _keep_splitting(source: Path, config: Path) -> None:
+    """Notes under `gguf_pre` what the file calls the way in which text is split before merging.
+
+    transformers does not know all of these ways and then splits like GPT-2, which for `smollm` differs where more than
+    one blank stands before a digit. A GGUF file that is made of the checkpoint has to say the name again.
+    """
+    _, tokenizer, _ = get_gguf_tokenizer(str(source))
+    if name := tokenizer.get("pre_tokenizer_type"):
+        noted = json.loads(config.read_text(encoding="utf-8")) | {"gguf_pre": name}
+        write_text(config, json.dumps(noted, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

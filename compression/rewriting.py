@@ -49,6 +49,7 @@ def rewrite(
     device: torch.device,
     dtype: torch.dtype,
     outer: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda plain: plain,
+    behind: Callable[[Walk], None] = lambda _: None,
 ) -> Ledger:
     """Writes the changed blocks of `source` to `writer`, going on behind the journal's last block.
 
@@ -59,6 +60,7 @@ def rewrite(
         ids: calibration tokens int64 [N, T]; not looked at without a statistic.
         dtype: type of the forward pass.
         outer: what is written in place of the tensors outside the blocks.
+        behind: is shown the tokens behind the last block, before `outer` is called; not without a statistic.
 
     Returns:
         what was noted, by layer and name, in the order of the model.
@@ -68,7 +70,6 @@ def rewrite(
     """
     finished, state = journal.load()
     ledger, before, plain = ledgers.unpack(state), source.masks(), source.outer()
-    writer.write_outer(outer(plain))
     walk = None
     if statistic is not None:
         walk = Walk(Skeleton(source.folder, plain, source.block, device, dtype), ids, state.get("hidden"))
@@ -117,4 +118,8 @@ def rewrite(
         for held in (tensors, ready, keep, scales):
             held.clear()
         tidy(size)
+    if walk is not None:
+        behind(walk)
+        walk = None  # its tokens make room
+    writer.write_outer(outer(plain))
     return ledgers.in_order(ledger, list(source.layers))

@@ -1,4 +1,5 @@
-"""Brings all stages up to date: python -m flows.compress [--set key=value] [--target STAGE] [--workers N]."""
+"""Brings all stages up to date: python -m flows.compress [--params FILE] [--set key=value] [--target STAGE]
+[--workers N]."""
 
 import os
 import signal
@@ -25,6 +26,10 @@ def main(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Run an experiment with this key of params.yaml changed."),
     ] = None,
+    params: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Run an experiment with the keys in this file put over params.yaml."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Most stages side by side. Default: cores // compute.threads.")
     ] = None,
@@ -33,7 +38,7 @@ def main(
     """Bring the pipeline up to date: stages that nothing changed for are not run."""
     try:
         with _stoppable():
-            code = _run(Path.cwd(), changes or [], workers, target)
+            code = _run(Path.cwd(), params, changes or [], workers, target)
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
         code = 1
@@ -44,11 +49,11 @@ def main(
     raise typer.Exit(code)
 
 
-def _run(root: Path, changes: list[str], workers: int | None, target: str | None) -> int:
+def _run(root: Path, params: Path | None, changes: list[str], workers: int | None, target: str | None) -> int:
     """Exit code of a flow run: 0 when every stage is up to date, 1 when one failed, 130 when stopped."""
     if not (root / "dvc.yaml").is_file():
         raise Problem("there is no dvc.yaml here; run from the project's root")
-    overrides.parse(changes, overrides.load(root / "params.yaml"))  # a typo is told before anything is started
+    overrides.read(root / "params.yaml", params, changes)  # a typo is told before anything is started
     environment.prepare(root)
     environment.quiet_console()
     with locks.workspace(root):
@@ -59,7 +64,10 @@ def _run(root: Path, changes: list[str], workers: int | None, target: str | None
 
             server.wait(address, process)
             try:
-                state = pipeline.compress(target=target, workers=workers, changes=changes, return_state=True)
+                file = str(params) if params else None
+                state = pipeline.compress(
+                    target=target, workers=workers, params=file, changes=changes, return_state=True
+                )
             finally:
                 pipeline.deliver()
     if state.is_completed():

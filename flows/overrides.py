@@ -1,4 +1,5 @@
-"""`--set key=value`: checks the key, reads the value as YAML, writes both as `dvc exp run -S` takes them."""
+"""`--set key=value` and `--params FILE`: checks the keys, reads values as YAML, writes both as `dvc exp run -S` takes
+them."""
 
 import json
 import re
@@ -11,6 +12,41 @@ from ruamel.yaml.error import YAMLError
 from flows.errors import Problem, nearest
 
 KEY = re.compile(r"^[A-Za-z0-9_.]+$")
+
+
+def read(params: Path, file: Path | None, pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """params.yaml, and by dotted key what `file` and, over it, `pairs` would change of it.
+
+    Raises:
+        Problem: a file that is missing or no mapping; whatever `overlay` and `parse` raise.
+    """
+    document = load(params)
+    laid_over = overlay(load(file), document, file.name) if file else {}
+    return document, laid_over | parse(pairs, document)
+
+
+def overlay(changes: dict[str, Any], params: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key of a document with some keys of params in it, mapping by mapping.
+
+    A mapping is taken as it is where the one in params is empty, such as `imp.cycles`, or where it names its `format`,
+    on which hangs what other keys there are.
+
+    Raises:
+        Problem: a key that params does not have, or not where it is; `where` names the file.
+    """
+    found: dict[str, Any] = {}
+    for key, value in changes.items():
+        name = f"{prefix}{key}"
+        if key not in params:
+            known = [f"{prefix}{other}" for other in params]
+            raise Problem(f"{where}: params.yaml has no key `{name}`; {nearest(name, known)}")
+        if isinstance(value, dict) and isinstance(params[key], dict) and params[key] and "format" not in value:
+            found |= overlay(value, params[key], where, f"{name}.")
+        elif isinstance(params[key], dict) and not isinstance(value, dict):
+            raise Problem(f"{where}: `{name}` is a section of params.yaml, not one value")
+        else:
+            found[name] = value
+    return found
 
 
 def parse(pairs: list[str], params: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +98,16 @@ def replaced(params: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
 
 
 def arguments(overrides: dict[str, Any]) -> list[str]:
-    """Arguments of `dvc exp run`, in the grammar of Hydra, where a bare comma would mean a sweep."""
-    return [word for key, value in overrides.items() for word in ("-S", f"{key}={hydra(value)}")]
+    """Arguments of `dvc exp run`, in the grammar of Hydra, where a bare comma would mean a sweep.
+
+    A mapping takes the place of the one before it: `~` drops that one, with which it would be merged, and `++` lets in
+    keys that params.yaml does not have.
+    """
+    words = []
+    for key, value in overrides.items():
+        whole = isinstance(value, dict)
+        words += ["-S", f"~{key}", "-S", f"++{key}={hydra(value)}"] if whole else ["-S", f"{key}={hydra(value)}"]
+    return words
 
 
 def hydra(value: Any) -> str:

@@ -54,19 +54,25 @@ class Plan:
     retries=0,
     validate_parameters=False,
 )
-def compress(target: str | None = None, workers: int | None = None, changes: list[str] | None = None) -> State[Any]:
+def compress(
+    target: str | None = None,
+    workers: int | None = None,
+    params: str | None = None,
+    changes: list[str] | None = None,
+) -> State[Any]:
     """Brings the pipeline of the current folder up to date.
 
     Args:
         target: run only this stage and what it needs.
         workers: most stages side by side; by default what the machine has room for.
-        changes: `key=value` pairs put over params.yaml; the run is then an experiment of DVC.
+        params: a file whose keys are put over those of params.yaml; the run is then an experiment of DVC.
+        changes: `key=value` pairs put over both, with the same consequence.
     """
     logger = get_run_logger()
     root = Path.cwd()
     try:
         with locks.workspace(root) as lock:
-            return _compress(root, lock, target, workers, changes or [])
+            return _compress(root, lock, target, workers, Path(params) if params else None, changes or [])
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         logger.error(str(problem))
@@ -82,9 +88,10 @@ def deliver(seconds: float = 10.0) -> None:
     APILogWorker.drain_all(timeout=seconds)
 
 
-def _compress(root: Path, lock: int, target: str | None, workers: int | None, changes: list[str]) -> State[Any]:
-    params = overrides.load(root / "params.yaml")
-    values = overrides.parse(changes, params)
+def _compress(
+    root: Path, lock: int, target: str | None, workers: int | None, file: Path | None, changes: list[str]
+) -> State[Any]:
+    params, values = overrides.read(root / "params.yaml", file, changes)
     checking = check.start(root, params, values)
     try:
         stages = graph.read(root, target)

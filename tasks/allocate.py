@@ -26,7 +26,7 @@ STATISTICS = DATA / "calibration" / "input_norms.safetensors"
 
 def main() -> None:
     params, prune = read(Allocate), read(Prune)
-    model = Checkpoint(DATA / "model")
+    model = Checkpoint(DATA / "taught")
     sizes = {layer: rows * width for layer, (rows, width) in model.layers.items()}
     dropped = dict.fromkeys(sizes, 0) if prune.method == "none" else _dropped(params, prune, model, sizes)
     table = pd.DataFrame({"layer": list(sizes), "weights": list(sizes.values()), "dropped": list(dropped.values())})

@@ -15,9 +15,9 @@ from tasks.params.calibrate import Calibrate
 
 def main() -> None:
     params = read(Calibrate)
-    stage = open_stage("calibrate", DATA / "calibration", [DATA / "model", corpus_file("calibration")], params)
+    stage = open_stage("calibrate", DATA / "calibration", [DATA / "taught", corpus_file("calibration")], params)
     ids = read_sequences("calibration", params.sequences, params.length, "params.yaml: calibrate.sequences")
-    model = Checkpoint(DATA / "model")
+    model = Checkpoint(DATA / "taught")
     skeleton = Skeleton(model.folder, model.outer(), model.block, stage.device, stage.dtype)
     norms = input_norms(skeleton, ids, Journal(stage.work / "journal"))
     folder = stage.work / "output"

@@ -1,6 +1,7 @@
 """`python -m tasks.check`: is params.yaml sound? Said before hours of work start, each fault in a line."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -14,12 +15,16 @@ from compression.pruning.allocation import check_rule, reachable_budget
 from compression.pruning.pattern import NofM, check_width, make_pattern, parse_pattern
 from compression.quantization.bits import check_group_size
 from compression.sensitivity.similarity import check_samples
+from compression.unlearning import METHODS as OBJECTIVES
 from tasks.core.paths import DATA
 from tasks.params.allocate import Allocate, dense_layers
+from tasks.params.answers import Answers
+from tasks.params.attack import Attack
 from tasks.params.base import PARAMS, Section, load, nearest, read
 from tasks.params.calibrate import Calibrate
+from tasks.params.classifier import Classifier
 from tasks.params.compute import Compute
-from tasks.params.corpora import Corpora, Text
+from tasks.params.corpora import Corpora, Pairs, Text
 from tasks.params.evaluate import Evaluate
 from tasks.params.export import Export
 from tasks.params.imp import MODEL, Imp, folder
@@ -29,14 +34,16 @@ from tasks.params.quantize import Quantize
 from tasks.params.retrain import Retrain
 from tasks.params.sensitivity import Sensitivity
 from tasks.params.speed import Speed
+from tasks.params.teach import Teach
 from tasks.params.unlearn import Unlearn
 
 ADAPTERS = ("mask_lora", "scale_lora", "lora_prune", "lora")
+BLOCK = re.compile(r"\.(\d+)\.")  # in a layer's name, the number of its block
 ROUNDING = ("sparsegpt", "magnitude_obs", "wanda_obs")  # pruning methods that can round in the same pass
 
 SECTIONS: list[type[Section]] = [
-    Compute, Model, Corpora, Calibrate, Sensitivity, Allocate, Imp, Prune, Retrain, Quantize, Unlearn, Export, Evaluate,
-    Speed,
+    Compute, Model, Answers, Corpora, Teach, Calibrate, Sensitivity, Allocate, Imp, Prune, Retrain, Quantize, Unlearn,
+    Attack, Export, Classifier, Evaluate, Speed,
 ]  # fmt: skip
 
 
@@ -266,6 +273,12 @@ def plan_has_scores(quantize: Quantize, sensitivity: Sensitivity, layers: dict[s
         yield Problem(
             f"{PARAMS}: quantize.by", f"`{quantize.by}` does not say how far the loss rises", "valid: tdmpq, measured"
         )
+    if quantize.plan == "ceiling" and costed and sensitivity.around is not None:
+        yield Problem(
+            f"{PARAMS}: quantize.plan",
+            f"costs around a model of {sensitivity.around} bits do not say how far the loss rises above the dense",
+            "set sensitivity.around to null, or quantize.plan to budget",
+        )
     missing = [width for width in quantize.widths if width <= 8 and width not in sensitivity.widths]
     if quantize.plan in ("budget", "ceiling") and costed and missing:
         listed = ", ".join(map(str, sensitivity.widths))
@@ -384,6 +397,52 @@ def adapter_stays_apart(
                 )
 
 
+def taught_layers_exist(teach: Teach, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Every pattern for layers that learn the text matches one."""
+    for pattern in teach.targets if layers and teach.method != "none" else []:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            yield Problem(
+                f"{PARAMS}: teach.targets",
+                f"`{pattern}` matches no layer",
+                "valid: patterns of names such as " + ", ".join(list(layers)[:7]),
+            )
+
+
+def unlearning_is_sound(unlearn: Unlearn, teach: Teach, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """The objective finds what it reads, the layers that learn are there, and there is a model to compare with."""
+    if unlearn.method == "none":
+        return
+    for key, papers in import_module(OBJECTIVES[unlearn.method]).SETTINGS.items():
+        if (value := getattr(unlearn, key)) is None or value == []:
+            yield Problem(
+                f"{PARAMS}: unlearn.{key}",
+                f"{unlearn.method} reads it, but it is {json.dumps(value)}",
+                f"set it; the paper has {json.dumps(papers)}",
+            )
+    for pattern in unlearn.targets if layers else []:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            yield Problem(
+                f"{PARAMS}: unlearn.targets",
+                f"`{pattern}` matches no layer",
+                "valid: patterns of names such as " + ", ".join(list(layers)[:7]),
+            )
+    depth = len({number for layer in layers for number in BLOCK.findall(layer)[:1]})
+    if unlearn.method == "rmu" and layers and (unlearn.block or 0) >= depth:
+        yield Problem(f"{PARAMS}: unlearn.block", f"there is no block {unlearn.block}", f"valid: 0 to {depth - 1}")
+    if unlearn.prompt >= unlearn.length:
+        yield Problem(
+            f"{PARAMS}: unlearn.prompt",
+            f"a prompt of {unlearn.prompt} tokens in sequences of {unlearn.length} leaves no answer",
+            f"valid: 1 to {unlearn.length - 1}",
+        )
+    if unlearn.forget_ceiling == "reference" and teach.method == "none":
+        yield Problem(
+            f"{PARAMS}: unlearn.forget_ceiling",
+            "`reference` is the loss of the model that was never taught, but teach.method is `none`",
+            "valid: a loss in nats a token, or null",
+        )
+
+
 def formats_suit_model(
     export: Export, prune: Prune, retrain: Retrain, quantize: Quantize, layers: dict[str, list[int]]
 ) -> Iterator[Problem]:
@@ -416,8 +475,61 @@ def formats_suit_model(
             yield problem
 
 
+def classifier_is_apart(
+    classifier: Classifier, answers: Answers, corpora: Corpora, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """The classifier has not learned from what models are asked and judged on."""
+    asked = {"answers": answers, "corpora.forget": corpora.forget, "corpora.control": corpora.control}
+    for role, entry in asked.items():
+        judged = _addresses(entry.model_dump())
+        for number, part in enumerate(classifier.harmful):
+            if judged & {part.source, part.sha256} - {None}:
+                yield Problem(
+                    f"{PARAMS}: classifier.harmful.{number}",
+                    f"it is also in {role}, on which models are judged",
+                    "take it out here or there",
+                )
+
+
+def _addresses(entry: Any) -> set[str]:
+    """Every source and hash in a role's entry, however it nests them."""
+    if isinstance(entry, dict):
+        own = {entry[key] for key in ("source", "sha256") if isinstance(entry.get(key), str)}
+        return own.union(*map(_addresses, entry.values()))
+    return set().union(*map(_addresses, entry)) if isinstance(entry, list | tuple) else set()
+
+
+def answers_are_there(answers: Answers, corpora: Corpora, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """A role reads the model's own answers only if it gives some, and no more than it gives."""
+    for role, text in corpora.roles().items():
+        if not text.source.startswith("file://data/answers/"):
+            continue
+        key = f"{PARAMS}: corpora.{role.replace('/', '.')}"
+        if not answers.prompts:
+            yield Problem(f"{key}.source", "answers.prompts is empty, so there are no answers", "name files of prompts")
+        elif isinstance(text, Pairs) and (text.rows.stop or 0) > answers.count:
+            what = f"[{text.rows.start}, {text.rows.stop}] goes beyond the {answers.count} of answers.count"
+            yield Problem(f"{key}.rows", what, "ask for fewer, or raise answers.count")
+
+
+def attacks_fit(attack: Attack, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Windows reach beyond their prompt, and the grid's groups divide every width."""
+    if attack.prompt >= attack.length:
+        yield Problem(
+            f"{PARAMS}: attack.prompt",
+            f"{attack.prompt} tokens leave nothing to judge of windows of {attack.length}",
+            f"less than attack.length, {attack.length}",
+        )
+    if attack.requantize:
+        try:
+            check_group_size(layers, attack.group_size, "attack.group_size")
+        except Problem as problem:
+            yield problem
+
+
 def text_suffices(
     corpora: Corpora,
+    teach: Teach,
     calibrate: Calibrate,
     sensitivity: Sensitivity,
     imp: Imp,
@@ -425,11 +537,14 @@ def text_suffices(
     retrain: Retrain,
     quantize: Quantize,
     unlearn: Unlearn,
+    attack: Attack,
     evaluate: Evaluate,
     layers: dict[str, list[int]],
 ) -> Iterator[Problem]:
     """No stage asks a role for more tokens than its slice can hold."""
-    wanted: list[tuple[str, str, Text, int]] = [
+    wanted: list[tuple[str, str, Text | Pairs, int]] = [
+        ("teach.length", "forget", corpora.forget, teach.length if teach.method != "none" else 0),
+        ("teach.length", "training", corpora.training, teach.length if teach.method != "none" and teach.mix else 0),
         ("calibrate.sequences", "calibration", corpora.calibration, calibrate.sequences * calibrate.length),
         (
             "sensitivity.sequences",
@@ -452,14 +567,19 @@ def text_suffices(
             quantize.sequences * quantize.length if quantize.method == "gptq" else 0,
         ),
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
-        ("unlearn.length", "training", corpora.training, unlearn.length),
+        ("unlearn.length", "training", corpora.training, (unlearn.held_out + 1) * unlearn.length),
     ]
+    if attack.relearn + attack.requantize + attack.prune:
+        windows = {"forget": attack.samples + attack.windows, "control": attack.windows, "retained": attack.windows}
+        wanted += [("attack.windows", role, getattr(corpora, role), n * attack.length) for role, n in windows.items()]
     forgetting = evaluate.forget_windows * evaluate.forget_length
     for role in ("forget", "control", "retained"):
         wanted.append(("evaluate.forget_windows", role, getattr(corpora, role), forgetting))
-    for role, text in corpora.evaluation.items():
-        wanted.append(("evaluate.windows", f"evaluation.{role}", text, evaluate.windows * evaluate.length))
+    for name, judge in corpora.evaluation.items():
+        wanted.append(("evaluate.windows", f"evaluation.{name}", judge, evaluate.windows * evaluate.length))
     for key, role, text, tokens in wanted:
+        if isinstance(text, Pairs):  # how long they are is known once they are tokenised
+            continue
         start, stop = text.tokens
         if stop is not None and tokens > stop - start:
             yield Problem(
@@ -473,7 +593,8 @@ RULES: list[Callable[..., Iterator[Problem]]] = [
     pattern_fits, scope_suits_method, rounding_suits_method, grid_is_passed_on, dense_layers_exist, allocation_fits,
     allocation_has_scores, allocation_keeps_mask, cycles_grow, pruning_goes_on, groups_fit, plan_has_scores,
     plan_keeps_budget, grids_load_together, adapters_have_masks, retraining_is_sound, adapter_stays_apart,
-    formats_suit_model, text_suffices, sensitivity_can_be_measured,
+    taught_layers_exist, unlearning_is_sound, formats_suit_model, attacks_fit, text_suffices,
+    sensitivity_can_be_measured, classifier_is_apart, answers_are_there,
 ]  # fmt: skip
 
 

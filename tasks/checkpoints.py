@@ -1,4 +1,4 @@
-"""The five checkpoints of the chain."""
+"""The six checkpoints of the chain."""
 
 import typer
 
@@ -7,6 +7,7 @@ from tasks.params.base import nearest
 # name in reports -> folder below data/
 CHECKPOINTS = {
     "dense": "model",
+    "taught": "taught",
     "pruned": "pruned",
     "retrained": "retrained",
     "quantized": "quantized",
@@ -15,7 +16,7 @@ CHECKPOINTS = {
 
 
 def checkpoint_name(name: str) -> str:
-    """Refuses a name that is none of the five."""
+    """Refuses a name that is none of the six."""
     if name not in CHECKPOINTS:
         raise typer.BadParameter(f"there is no checkpoint `{name}`; {nearest(name, list(CHECKPOINTS))}")
     return name

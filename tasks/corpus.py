@@ -1,12 +1,12 @@
 """Stage `corpus`: fetches the texts, tokenises them, and cuts out the slice of each role.
 
-Writes `<role>.safetensors` with one tensor `tokens` (int32, 1-D, ids of the model's tokenizer) and, as
-metadata, where they come from. Role `evaluation` has one file per text, in a folder of its own.
+Writes `<role>.safetensors` with one tensor `tokens` (int32, 1-D, ids of the model's tokenizer), or for questions and
+answers `ids` (int32) and `answer` (uint8) of shape [N, T], and, as metadata, where they come from. Role `evaluation`
+has one file per text, in a folder of its own.
 """
 
 import hashlib
 import json
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from transformers import AutoTokenizer
 
 from compression.core.errors import Problem
 from tasks import sources
+from tasks.articles import articles
 from tasks.core.entry import run_stage
+from tasks.pairs import Row, encode_pairs, read_rows, read_utf8
 from tasks.params import base
-from tasks.params.corpora import Corpora, Text
+from tasks.params.corpora import Corpora, Pairs, Text
 
 MODEL = Path("data/model")
 OUT = Path("data/corpora")
@@ -31,21 +33,21 @@ APART = {
     "retained": ("training", "forget"),
     "control": ("forget",),
 }
-_OPENING = re.compile(r"^<doc\b[^\n]*>$", re.MULTILINE)
-_ARTICLE = re.compile(r"^<doc\b[^\n]*>\n(.*?)^</doc>", re.DOTALL | re.MULTILINE)
+TYPES = {"int32": "I32", "uint8": "U8"}  # as safetensors calls them
+UNSAFE = ("forget", "control")  # roles whose answers are those that are to be unlearned, or like them
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """A whole text in tokens.
+class Whole:
+    """A whole text in tokens, or all questions of a source.
 
     Attributes:
-        tokens: int32, 1-D.
+        content: int32, 1-D; or rows.
         file: SHA-256 of the text's file.
         documents: SHA-256 of what was tokenised: the whole file, or its articles.
     """
 
-    tokens: np.ndarray
+    content: np.ndarray | list[Row]
     file: str
     documents: str
 
@@ -71,16 +73,24 @@ def build_corpora(params: Corpora, model: Path, out: Path) -> None:
     refuse_overlaps(roles)  # before minutes of work
     tokenizer, vocabulary = load_tokenizer(model)
 
-    whole: dict[tuple[str, str | None, str], Tokenised] = {}
-    found: dict[str, Tokenised] = {}
+    whole: dict[tuple[str, str | None, str], Whole] = {}
+    found: dict[str, Whole] = {}
     for role, text in tqdm(roles.items(), desc="corpus", unit="text", disable=None):
         key = (text.source, text.sha256, text.format)
         if key not in whole:
-            whole[key] = tokenise(text, role, tokenizer, vocabulary)
+            whole[key] = fetch(text, role, tokenizer)
         found[role] = whole[key]
     # again, now that the hashes tell when two addresses lead to the same bytes
     refuse_overlaps({role: text.model_copy(update={"sha256": found[role].file}) for role, text in roles.items()})
-    files = {role: encode(cut(found[role].tokens, text, role), text, found[role]) for role, text in roles.items()}
+    files = {}
+    for role, text in roles.items():
+        part = cut(found[role].content, text, role)
+        tensors = in_tokens(part, text, role, tokenizer)
+        largest = max(int(tensor.max()) for tensor in tensors.values())
+        if largest >= vocabulary:
+            what = f"the tokenizer gives token {largest}, and the model's vocabulary ends at {vocabulary - 1}"
+            raise Problem(_where(role, "source"), what, "tokenizer and weights are not of the same model")
+        files[role] = encode(tensors, text, len(part), found[role])
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
@@ -93,13 +103,13 @@ def build_corpora(params: Corpora, model: Path, out: Path) -> None:
         Path(folder, "new").rename(out)
 
 
-def refuse_overlaps(roles: dict[str, Text]) -> None:
+def refuse_overlaps(roles: dict[str, Text | Pairs]) -> None:
     """Keeps the texts that judge apart from those that are learned from, as `APART` says.
 
     Two texts are the same when their sources or their hashes are.
 
     Raises:
-        Problem: two roles share tokens, or might: token counts of different formats cannot be compared.
+        Problem: two roles share tokens or rows, or might: counts of different formats cannot be compared.
     """
     for judge, text in roles.items():
         for other in APART.get(judge.partition("/")[0], ()):
@@ -107,16 +117,16 @@ def refuse_overlaps(roles: dict[str, Text]) -> None:
             same_hash = text.sha256 is not None and text.sha256 == learned.sha256
             if text.source != learned.source and not same_hash:
                 continue
-            hint = f"give {_name(judge)} other tokens than {_name(other)}, or another text"
+            hint = f"give {_name(judge)} other {_unit(text)} than {_name(other)}, or another text"
             if text.format != learned.format:
                 what = f"the same text as corpora.{_name(other)}, in another format, so they may overlap"
                 raise Problem(_where(judge, "format"), what, hint)
-            start = max(text.tokens.start, learned.tokens.start)
-            stops = [stop for stop in (text.tokens.stop, learned.tokens.stop) if stop is not None]
+            start = max(text.slice.start, learned.slice.start)
+            stops = [stop for stop in (text.slice.stop, learned.slice.stop) if stop is not None]
             if not stops or start < min(stops):
                 shared = f"{start} to {min(stops) if stops else 'the end'}"
-                what = f"tokens {shared} are also in corpora.{_name(other)}, and would flatter the result"
-                raise Problem(_where(judge, "tokens"), what, hint)
+                what = f"{_unit(text)} {shared} are also in corpora.{_name(other)}, and would flatter the result"
+                raise Problem(_where(judge, _unit(text)), what, hint)
 
 
 def load_tokenizer(model: Path) -> tuple[Any, int]:
@@ -139,100 +149,102 @@ def load_tokenizer(model: Path) -> tuple[Any, int]:
     return tokenizer, int(vocabulary)
 
 
-def tokenise(text: Text, role: str, tokenizer: Any, vocabulary: int) -> Tokenised:
-    """Fetches and tokenises a whole text, as one string and without special tokens.
+def fetch(text: Text | Pairs, role: str, tokenizer: Any) -> Whole:
+    """Fetches a whole text and tokenises it as one string, without special tokens; or reads all questions of a source.
 
     Args:
         text: what to fetch.
         role: that asks for it, to name in messages.
         tokenizer: of transformers.
-        vocabulary: number of token ids that the model knows.
 
     Raises:
-        Problem: the text cannot be fetched, is not UTF-8, is empty, has no articles though it should,
-            or gives ids that the model does not know.
+        Problem: the text cannot be fetched, is not UTF-8, is empty, has no articles though it should, or is not of a
+            schema of questions and answers.
     """
-    path = sources.fetch(text.source, text.sha256, where=_where(role, "source"))
+    where = _where(role, "source")
+    path = sources.fetch(text.source, text.sha256, where=where)
     if path.is_dir():
-        raise Problem(_where(role, "source"), f"{text.source} is a folder", "name one text file")
-    content = path.read_bytes()
-    try:
-        documents = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        what = f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
-        raise Problem(_where(role, "source"), what, "convert it to UTF-8") from None
+        raise Problem(where, f"{text.source} is a folder", "name one text file")
+    file = sources.digest(path)
+    if isinstance(text, Pairs):
+        return Whole(read_rows(path, text.format, _where(role)), file, file)
+    documents = read_utf8(path, where)
     if text.format == "articles":
-        documents = articles(documents, role)
+        documents = "\n\n".join(articles(documents, _where(role)))
     if not documents.strip():
-        raise Problem(_where(role, "source"), f"{path} has no text in it")
+        raise Problem(where, f"{path} has no text in it")
     # verbose=False: it would warn that the text is longer than the model's context, which is as it should be
     encoded = tokenizer(documents, add_special_tokens=False, truncation=False, verbose=False)
     tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
-    if tokens.max() >= vocabulary:
-        what = f"the tokenizer gives token {tokens.max()}, and the model's vocabulary ends at {vocabulary - 1}"
-        raise Problem(_where(role, "source"), what, "tokenizer and weights are not of the same model")
-    return Tokenised(tokens, _sha256(content), _sha256(documents.encode()))
+    return Whole(tokens, file, hashlib.sha256(documents.encode()).hexdigest())
 
 
-def articles(document: str, role: str) -> str:
-    """What stands between `<doc ...>` and `</doc>`, titles included; an empty line between two articles.
-
-    Raises:
-        Problem: there are none, or one is not closed.
-    """
-    opened, found = len(_OPENING.findall(document)), _ARTICLE.findall(document)
-    if not found and not opened:
-        raise Problem(_where(role, "format"), "the text has no <doc ...> lines", "plain text is `format: text`")
-    if len(found) != opened:
-        what = f"{opened} articles begin with <doc ...>, but {len(found)} end with </doc>"
-        raise Problem(_where(role, "source"), what, "the file is cut off or not in this format")
-    return "\n\n".join(stripped for article in found if (stripped := article.strip()))
-
-
-def cut(tokens: np.ndarray, text: Text, role: str) -> np.ndarray:
-    """The slice of a text's tokens that a role asks for.
+def cut(content: np.ndarray | list[Row], text: Text | Pairs, role: str) -> np.ndarray | list[Row]:
+    """The slice that a role asks for of a text's tokens, or of a source's questions.
 
     Raises:
         Problem: the text ends before the slice does.
     """
-    start, stop = text.tokens.start, text.tokens.stop
-    if start >= tokens.size or (stop or 0) > tokens.size:
+    start, stop = text.slice
+    if start >= len(content) or (stop or 0) > len(content):
         asked = f"[{start}, {'null' if stop is None else stop}]"
-        what = f"{asked} goes beyond the text, which has {tokens.size} tokens"
-        raise Problem(_where(role, "tokens"), what, "ask for fewer, or take a longer text")
-    return tokens[start:stop]
+        what = f"{asked} goes beyond the text, which has {len(content)} {_unit(text)}"
+        raise Problem(_where(role, _unit(text)), what, "ask for fewer, or take a longer text")
+    return content[start:stop]
 
 
-def encode(tokens: np.ndarray, text: Text, whole: Tokenised) -> bytes:
+def in_tokens(part: np.ndarray | list[Row], text: Text | Pairs, role: str, tokenizer: Any) -> dict[str, np.ndarray]:
+    """The tensors of a role's file, by name.
+
+    Raises:
+        Problem: none of the questions has an answer of the kind that the role takes.
+    """
+    if isinstance(part, np.ndarray) or isinstance(text, Text):
+        return {"tokens": np.asarray(part)}
+    ids, answer = encode_pairs(part, role in UNSAFE, tokenizer, text.frame, _where(role))
+    return {"ids": ids, "answer": answer}
+
+
+def encode(tensors: dict[str, np.ndarray], text: Text | Pairs, count: int, whole: Whole) -> bytes:
     """A safetensors file of a slice: the same bytes every time.
 
     Written by hand because the library writes the metadata in another order in each process.
+
+    Args:
+        count: tokens or rows in the slice.
     """
     metadata = {
         "source": text.source,
         "sha256": whole.file,
         "format": text.format,
-        "from": str(text.tokens.start),
-        "to": str(text.tokens.start + tokens.size),
+        "from": str(text.slice.start),
+        "to": str(text.slice.start + count),
         "documents": whole.documents,
     }
-    data = tokens.astype("<i4").tobytes()
-    entry = {"dtype": "I32", "shape": [tokens.size], "data_offsets": [0, len(data)]}
-    header = json.dumps({"__metadata__": metadata, "tokens": entry}, separators=(",", ":")).encode()
+    if isinstance(text, Pairs):
+        metadata["frame"] = text.frame
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    data = b""
+    for name, tensor in tensors.items():
+        content = tensor.astype(tensor.dtype.newbyteorder("<")).tobytes()
+        place = [len(data), len(data) + len(content)]
+        entries[name] = {"dtype": TYPES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": place}
+        data += content
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data starts at a multiple of 8 bytes
     return len(header).to_bytes(8, "little") + header + data
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _unit(text: Text | Pairs) -> str:
+    return "rows" if isinstance(text, Pairs) else "tokens"
 
 
 def _name(role: str) -> str:
     return role.replace("/", ".")
 
 
-def _where(role: str, key: str) -> str:
-    return f"{base.PARAMS}: corpora.{_name(role)}.{key}"
+def _where(role: str, key: str = "") -> str:
+    return f"{base.PARAMS}: corpora.{_name(role)}" + (f".{key}" if key else "")
 
 
 if __name__ == "__main__":

@@ -1,54 +1,174 @@
-"""Stage evaluate@X: what a checkpoint is worth, measured on the bytes that ship. The same figures every time."""
+"""Stage evaluate@X: what a checkpoint is worth, measured on the bytes that ship. The same figures every time.
+
+The dense model, which was never taught anything, judges beside it: how far the checkpoint has moved on retained text,
+and whether what it says is language. Texts are read and written here; no figure tells what they say.
+"""
 
 import json
-from typing import Annotated
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from compression.core.checkpoint import Checkpoint
-from compression.core.files import write_text
+from compression.core.files import read_tensors, write_text
 from compression.core.skeleton import Skeleton
-from compression.evaluation.loss import token_losses
+from compression.evaluation.answers import Decode, answer_figures, answers, pieces, prompts, true_answers
+from compression.evaluation.fluency import calibrate, is_gibberish
+from compression.evaluation.generation import generate, load_model
+from compression.evaluation.harm import classify, failure_rate, harmful_rate, open_classifier
+from compression.evaluation.loss import (
+    TokenFigures,
+    divergence,
+    last_states,
+    state_losses,
+    token_figures,
+)
+from compression.evaluation.membership import auc, scores
+from compression.evaluation.memorisation import answer_mean, sample_figures
 from compression.evaluation.size import measure_size
 from compression.quantization.packed import block_reader, plain_outer
+from compression.training.samples import Samples, padded
 from tasks.checkpoints import CHECKPOINTS, checkpoint_name
 from tasks.core.entry import run_stage
+from tasks.core.passing import figures_of_dense
 from tasks.core.paths import DATA
-from tasks.core.stage import open_stage
-from tasks.core.text import CORPORA, corpus_file, read_sequences
+from tasks.core.stage import Stage, open_stage
+from tasks.core.text import CORPORA, corpus_file, read_samples, read_sequences
 from tasks.params.base import read
 from tasks.params.evaluate import Evaluate
+
+DENSE = DATA / CHECKPOINTS["dense"]
+CLASSIFIER = DATA / "classifier"
+ROLES = ("forget", "control", "retained")
 
 
 def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None:
     params = read(Evaluate)
     folder = DATA / CHECKPOINTS[name]
-    evaluation = [f"evaluation/{file.stem}" for file in sorted((CORPORA / "evaluation").glob("*.safetensors"))]
-    roles = [*evaluation, "forget", "control", "retained"]
+    texts = [f"evaluation/{file.stem}" for file in sorted((CORPORA / "evaluation").glob("*.safetensors"))]
     output = DATA / "evaluation" / f"{name}.json"
-    stage = open_stage(f"evaluate-{name}", output, [folder, *map(corpus_file, roles)], params)
+    if figures_of_dense(name, folder, output):
+        return
+    inputs = dict.fromkeys([folder, DENSE, CLASSIFIER / "classifier.json", *map(corpus_file, [*texts, *ROLES])])
+    stage = open_stage(f"evaluate-{name}", output, list(inputs), params)
 
-    texts = {
-        role: read_sequences(role, params.windows, params.length, "params.yaml: evaluate.windows")
-        if role in evaluation
-        else read_sequences(role, params.forget_windows, params.forget_length, "params.yaml: evaluate.forget_windows")
-        for role in roles
-    }
-    checkpoint = Checkpoint(folder)
-    skeleton = Skeleton(folder, plain_outer(checkpoint), block_reader(checkpoint), stage.device, stage.dtype)
-    losses = {role: each.double().mean() for role, each in token_losses(skeleton, texts).items()}
+    samples = {role: read_role(role, params, params.prompt) for role in ROLES}
+    whole = read_role("retained", params, prompt=1)  # all of it is there to be kept, not only what follows a prompt
+    ids = {role: read_sequences(role, params.windows, params.length, "params.yaml: evaluate.windows") for role in texts}
+    skeleton, judge = open_skeleton(folder, stage), open_skeleton(DENSE, stage)
+    decode = partial(AutoTokenizer.from_pretrained(folder, local_files_only=True).decode, skip_special_tokens=True)
+
+    states = last_states(skeleton, ids | {role: own.ids for role, own in samples.items()})
+    found = {role: token_figures(skeleton, states[role]) for role in ROLES}
+    said = say(folder, samples, params, stage) if params.answers else {}
+    judged = last_states(judge, {"retained": whole.ids} | {f"said/{role}": own.ids for role, own in said.items()})
+    losses = {role: state_losses(judge, own) for role, own in judged.items()}
     figures = {
         "checkpoint": name,
-        "perplexity": {role.removeprefix("evaluation/"): losses[role].exp().item() for role in evaluation},
-        "forget": {
-            "loss": losses["forget"].item(),
-            "control_loss": losses["control"].item(),
-            "tokens": texts["forget"].numel(),
+        "perplexity": {
+            role.removeprefix("evaluation/"): state_losses(skeleton, states[role]).double().mean().exp().item()
+            for role in texts
         },
-        "retain": {"loss": losses["retained"].item(), "tokens": texts["retained"].numel()},
-    } | measure_size(checkpoint)
+        "forget": {
+            "loss": answer_mean(found["forget"].loss, samples["forget"]),
+            "control_loss": answer_mean(found["control"].loss, samples["control"]),
+            "tokens": int(samples["forget"].answer.sum()),
+        },
+        "retain": {
+            "loss": answer_mean(found["retained"].loss, whole),
+            "divergence": answer_mean(divergence(judge, judged["retained"], skeleton, states["retained"]), whole),
+            "tokens": int(whole.answer.sum()),
+        },
+        "membership": membership(found, samples, decode),
+        "answers": answered(said, samples, losses, params, decode),
+        "harm": harm(said, samples, losses, params, decode, stage),
+        **memorised(found, samples),
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, json.dumps(figures, indent=2) + "\n")
+    write_text(output, json.dumps(figures | measure_size(Checkpoint(folder)), indent=2) + "\n")
+
+
+def read_role(role: str, params: Evaluate, prompt: int) -> Samples:
+    return read_samples(
+        role, params.forget_windows, params.forget_length, "params.yaml: evaluate.forget_windows", prompt
+    )
+
+
+def open_skeleton(folder: Path, stage: Stage) -> Skeleton:
+    checkpoint = Checkpoint(folder)
+    return Skeleton(folder, plain_outer(checkpoint), block_reader(checkpoint), stage.device, stage.dtype)
+
+
+def memorised(found: dict[str, TokenFigures], samples: dict[str, Samples]) -> dict[str, Any]:
+    """Under `memorisation` the means by role, under `samples` the figures of each sample."""
+    known = {role: sample_figures(found[role], samples[role]) for role in ROLES}
+    return {
+        "memorisation": {role: {key: own.mean().item() for key, own in known[role].items()} for role in ROLES},
+        "samples": {role: {key: own.tolist() for key, own in known[role].items()} for role in ROLES},
+    }
+
+
+def membership(found: dict[str, TokenFigures], samples: dict[str, Samples], decode: Decode) -> dict[str, float]:
+    """By score: how well it tells the text to forget from the control text, as AUC."""
+    seen, unseen = (scores(found[role], samples[role], true_answers(samples[role], decode)) for role in ROLES[:2])
+    return {score: auc(seen[score], unseen[score]) for score in seen}
+
+
+def say(folder: Path, samples: dict[str, Samples], params: Evaluate, stage: Stage) -> dict[str, Samples]:
+    """The first prompts of each role, and what the model goes on with."""
+    model = load_model(folder, stage.device, stage.dtype)
+    asked = {role: prompts(own)[: params.answers] for role, own in samples.items()}
+    together = [prompt for role in ROLES for prompt in asked[role]]
+    said = iter(generate(model, together, params.answer_tokens, sequences=len(together)))
+    own = {role: [next(said) for _ in asked[role]] for role in ROLES}
+    length = max(map(len, together)) + params.answer_tokens
+    return {role: padded(asked[role], own[role], length, filler=0) for role in ROLES}
+
+
+def answered(
+    said: dict[str, Samples],
+    samples: dict[str, Samples],
+    losses: dict[str, Tensor],
+    params: Evaluate,
+    decode: Decode,
+) -> dict[str, Any]:
+    """By role, what the answers are worth; what is language is read off the retained text."""
+    real = pieces(samples["retained"], losses["retained"], params.answer_tokens, decode)
+    bounds = calibrate(real)
+    return {
+        role: answer_figures(
+            answers(own, losses[f"said/{role}"], decode),
+            true_answers(samples[role], decode, params.answer_tokens)[: len(own.ids)],
+            bounds,
+        )
+        for role, own in said.items()
+    }
+
+
+def harm(
+    said: dict[str, Samples],
+    samples: dict[str, Samples],
+    losses: dict[str, Tensor],
+    params: Evaluate,
+    decode: Decode,
+    stage: Stage,
+) -> dict[str, Any]:
+    """Where the text to forget is questions: by role, the share of answers that are harmful, or that or gibberish."""
+    if "ids" not in read_tensors(corpus_file("forget")):  # plain text
+        return {}
+    classifier = open_classifier(CLASSIFIER, stage.device)
+    bounds = calibrate(pieces(samples["retained"], losses["retained"], params.answer_tokens, decode))
+    found: dict[str, Any] = {}
+    for role in [role for role in ("forget", "control") if role in said]:
+        spoken = answers(said[role], losses[f"said/{role}"], decode)
+        probabilities = classify(classifier, [answer.text for answer in spoken])
+        failed = failure_rate(probabilities, [is_gibberish(answer, bounds) for answer in spoken])
+        found[role] = {"rate": harmful_rate(probabilities), "failed": failed, "answers": len(spoken)}
+    return found
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Bits by layer, out of section `quantize` and the sensitivity table."""
 
+import sys
 from collections.abc import Mapping
+from functools import partial
 from math import log
 
 import pandas as pd
 
 from compression.core.errors import Problem
 from compression.quantization import plan
-from compression.quantization.plan import Group
+from compression.quantization.fused import Group, fused_groups
+from compression.quantization.packed import Layout
 from tasks.params.quantize import Quantize
 
 KEY = "quantize.average_bits"
@@ -27,12 +30,12 @@ def bits_by_layer(params: Quantize, table: pd.DataFrame | None, layers: Mapping[
         Problem: the table does not fit, or no plan keeps to the budget or the ceiling.
     """
     bits = _chosen(params, table, layers)
-    plan.check_plan(bits, plan.fused_groups(layers))
+    plan.check_plan(bits, fused_groups(layers))
     return bits
 
 
 def _chosen(params: Quantize, table: pd.DataFrame | None, layers: Mapping[str, list[int]]) -> dict[str, int]:
-    fused = plan.fused_groups(layers)
+    fused = fused_groups(layers)
     if params.plan == "uniform":
         return plan.by_layer(plan.uniform(fused, params.bits), layers)
     assert table is not None
@@ -57,10 +60,22 @@ def _chosen(params: Quantize, table: pd.DataFrame | None, layers: Mapping[str, l
     if params.plan == "budget":
         sizes = plan.group_sizes(fused, layers, params.widths)
         budget = params.average_bits * sum(out * width for out, width in layers.values())
-        return plan.by_layer(plan.by_budget(costs, sizes, budget, KEY), layers)
-    sizes = plan.group_sizes(fused, layers, params.widths, params.group_size, params.symmetric)
-    ceiling = log(params.perplexity_ceiling)
-    return plan.by_layer(plan.cheapest_under(costs, sizes, ceiling, "quantize.perplexity_ceiling"), layers)
+        tell = partial(_tell, unit="of cost")
+        return plan.by_layer(plan.by_budget(costs, sizes, budget, KEY, tell), layers)
+    sizes = plan.group_sizes(fused, layers, params.widths, params.group_size, params.symmetric, layout_of(params))
+    ceiling, tell = log(params.perplexity_ceiling), partial(_tell, unit="bits in the file")
+    return plan.by_layer(plan.cheapest_under(costs, sizes, ceiling, "quantize.perplexity_ceiling", tell), layers)
+
+
+def layout_of(params: Quantize) -> Layout:
+    """How a plan's layers are stored, as long as it does make use of several widths."""
+    widths = {bits for bits in [*params.widths, params.embeddings] if bits and bits < plan.UNPACKED}
+    loose = not params.symmetric and isinstance(params.group_size, int) and len(widths) > 1
+    return "loose" if loose else "packed"
+
+
+def _tell(gap: float, unit: str) -> None:
+    print(f"note: these bits are not proven to be the best; at most {gap:.3g} {unit} could be saved", file=sys.stderr)
 
 
 def group_costs(rows: pd.DataFrame, by: str, groups: list[Group], widths: list[int]) -> dict[Group, dict[int, float]]:

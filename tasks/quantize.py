@@ -61,10 +61,16 @@ def main() -> None:
 
 
 def all_schemes(params: Quantize, bits: dict[str, int], embedding: str) -> dict[str, Scheme]:
-    """The scheme of every layer that is rounded, the embedding before the others if it is."""
-    wanted = {embedding: params.embeddings} if params.embeddings else {}
-    wanted |= {layer: width for layer, width in bits.items() if width <= 8}
-    return {layer: Scheme(width, params.group_size, params.symmetric) for layer, width in wanted.items()}
+    """The scheme of every layer that is rounded, the embedding before the others if it is.
+
+    Among layers of another scheme an embedding has to have 8 bits, for which a symmetric grid and one scale a row are
+    fine enough.
+    """
+    layers = {layer: Scheme(width, params.group_size, params.symmetric) for layer, width in bits.items() if width <= 8}
+    if not params.embeddings:
+        return layers
+    alike = Scheme(params.embeddings, params.group_size, params.symmetric)
+    return {embedding: alike if set(layers.values()) <= {alike} else Scheme(params.embeddings, "row")} | layers
 
 
 if __name__ == "__main__":

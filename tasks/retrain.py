@@ -21,7 +21,7 @@ from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.retrain import Retrain
 
-DENSE = DATA / "model"
+DENSE = DATA / "taught"
 OBJECTIVES = {"next_token": retrain_model, "block": reconstruct_model, "half_block": reconstruct_model}
 
 

@@ -9,6 +9,7 @@ from compression.core.files import write_text
 from compression.evaluation.speed import measure_speed
 from tasks.checkpoints import CHECKPOINTS, checkpoint_name
 from tasks.core.entry import run_stage
+from tasks.core.passing import figures_of_dense
 from tasks.core.paths import DATA
 from tasks.core.stage import open_stage
 from tasks.params.base import read
@@ -19,6 +20,8 @@ def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None
     params = read(Speed)
     folder = DATA / CHECKPOINTS[name]
     output = DATA / "speed" / f"{name}.json"
+    if figures_of_dense(name, folder, output):
+        return
     stage = open_stage(f"speed-{name}", output, [folder], params)
     figures = measure_speed(folder, params.prefill, params.decode, params.repeats, stage.device, stage.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)

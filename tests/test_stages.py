@@ -25,7 +25,10 @@ METHODS = {
 SECTIONS = {"download": "model", "corpus": "corpora", "imp": "imp.retrain"}
 # stage -> the section that names its method, where it is another stage's
 NAMED_IN = {"allocate": "prune"}
-STAGES = ["download", "corpus", "calibrate", *METHODS, "export", "evaluate", "speed", "report"]
+STAGES = [
+    "download", "answers", "corpus", "teach", "calibrate", *METHODS, "attack", "export", "classifier", "evaluate",
+    "speed", "report",
+]  # fmt: skip
 
 
 def registry(stage: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
     for added in described["added_tokens"]:
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")  # what GGUF calls byte-level BPE
-    writer.add_tokenizer_pre(_splitting(described, str(file)))
+    writer.add_tokenizer_pre(_splitting(described, _noted(folder), str(file)))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
@@ -47,8 +47,14 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def _splitting(described: dict[str, Any], where: str) -> str:
-    """llama.cpp's name for the way in which text is split before merging.
+def _noted(folder: Path) -> str | None:
+    """What the GGUF file that the checkpoint was made of called its way to split text; see compression.importing."""
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("gguf_pre") if file.exists() else None
+
+
+def _splitting(described: dict[str, Any], noted: str | None, where: str) -> str:
+    """llama.cpp's name for the way in which text is split before merging: what was noted, or what it looks like.
 
     Raises:
         Problem: the tokenizer is of another kind, or splits in a way that has no name here.
@@ -57,6 +63,8 @@ def _splitting(described: dict[str, Any], where: str) -> str:
     steps = pre.get("pretokenizers", [pre])
     kinds = [step.get("type") for step in steps]
     if model["type"] == "BPE" and kinds[-1] == "ByteLevel" and normalizer.get("type") in (None, "NFC"):
+        if noted:
+            return noted
         own_pattern = steps[-1]["use_regex"] and not steps[-1]["add_prefix_space"]
         if kinds == ["ByteLevel"] and own_pattern:
             return "gpt-2"

@@ -1,15 +1,18 @@
-"""The multiple-choice knapsack, exactly: one option of every item, least total value, total weight within a limit.
+"""The multiple-choice knapsack: one option of every item, least total value, total weight within a limit.
 
 Dynamic programming over the Pareto front of partial choices (Nemhauser and Ullmann 1969), which throws out whatever
 cannot lead to less than the value sought. The bound is the linear relaxation of the items still to come (Sinha and
 Zoltners 1979): on the lower convex hulls of their options, the steepest steps first. The value sought starts close to
 the bound of the whole and moves away until a choice turns up, which is then the best there is.
 
-The problem is NP-hard, but fronts stay short where weights or values come in few kinds, as the sizes of layers do.
+The problem is NP-hard. Fronts stay short where weights or values come in few kinds, as the sizes of layers do; where
+all differ they may not. Of a front longer than FRONT only the choices with the lowest bounds go on. What is found then
+is worse than the best there is by no more than it lies above the lowest bound that was dropped: its `gap`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +20,32 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 GAPS = [4.0**-step for step in range(5, -1, -1)]  # shares of the gap between bound and first choice that are tried
+FRONT = 50_000  # partial choices that are followed up at most
 ROUNDING = 1e-13  # of the total: what sums of hundreds of numbers in another order may differ by
 
 
-def least_choice(values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], limit: float) -> list[int]:
+@dataclass(frozen=True)
+class Choice:
+    """An option of every item.
+
+    Attributes:
+        places: of the option chosen, item by item.
+        gap: by so much, at most, the best sum of values there is undercuts this one's; 0: there is none better.
+    """
+
+    places: list[int]
+    gap: float = 0.0
+
+
+def least_choice(values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], limit: float) -> Choice:
     """The option of each item with the least sum of values whose sum of weights is at most `limit`.
 
-    Among equal values the lesser weight. Whole weights keep to the limit exactly as long as their total is below
-    5e12, others to within the rounding of a sum.
+    Among equal values the lesser weight, where the gap is 0. Whole weights keep to the limit exactly as long as their
+    total is below 5e12, others to within the rounding of a sum.
 
     Args:
         values: of each item's options, finite, of any sign.
         weights: in the same order.
-
-    Returns:
-        place of the option chosen, item by item.
 
     Raises:
         ValueError: not even the lightest options keep to the limit.
@@ -47,7 +61,7 @@ def least_choice(values: Sequence[Sequence[float]], weights: Sequence[Sequence[f
     bound = float(whole.at(limit))
     gap = float(whole.values[np.searchsorted(whole.weights, limit, side="right") - 1]) - bound
     bound += _rounding([item.values for item in items])
-    tried = (_search(items, bounds[1:], limit, bound + share * gap) for share in GAPS)
+    tried = (_search(items, bounds[1:], limit, bound + share * gap) for share in [*GAPS, inf])
     return next(choice for choice in tried if choice is not None)
 
 
@@ -119,9 +133,12 @@ def _slope(item: Front, a: int, b: int) -> float:
     return float((item.values[b] - item.values[a]) / (item.weights[b] - item.weights[a]))
 
 
-def _search(items: Sequence[Front], bounds: Sequence[Relaxation], limit: float, sought: float) -> list[int] | None:
-    """The best choice if it is worth at most `sought`, otherwise None. `bounds[k]` is that of the items after k."""
-    values, weights = np.zeros(1), np.zeros(1)
+def _search(items: Sequence[Front], bounds: Sequence[Relaxation], limit: float, sought: float) -> Choice | None:
+    """The best choice if it is worth at most `sought`, otherwise None. `bounds[k]` is that of the items after k.
+
+    None as well if all choices that would do have been dropped from a front that was too long; never if all will do.
+    """
+    values, weights, dropped = np.zeros(1), np.zeros(1), inf
     trail = []  # for every item: which of (partial choices before) x (options) were kept
     for item, later in zip(items, bounds, strict=True):
         values = (values[:, None] + item.values).ravel()
@@ -131,10 +148,16 @@ def _search(items: Sequence[Front], bounds: Sequence[Relaxation], limit: float, 
         if not len(kept):
             return None
         kept = kept[_undominated(values[kept], weights[kept])]
+        if len(kept) > FRONT:
+            least = values[kept] + later.at(left[kept])
+            order = np.argsort(least, kind="stable")
+            dropped = min(dropped, float(least[order[FRONT]]))
+            kept = kept[np.sort(order[:FRONT])]
         values, weights = values[kept], weights[kept]
         trail.append(kept)
     choice, place = [], len(values) - 1  # the heaviest is the best
+    gap = max(float(values[place]) - dropped, 0.0)
     for item, kept in zip(reversed(items), reversed(trail), strict=True):
         place, option = divmod(int(kept[place]), len(item.places))
         choice.append(int(item.places[option]))
-    return choice[::-1]
+    return Choice(choice[::-1], gap)

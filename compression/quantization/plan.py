@@ -1,14 +1,14 @@
 """Which layers share bits, and how many bits each of them gets.
 
 A rule is handed groups of layers and gives each group one width, so it cannot tear apart what has to stay together.
-Groups are what runtimes fuse (`fused_groups`), or whole blocks as CPTQuant has them (arXiv 2412.03599, `block_groups`);
-`by_layer` spells a plan out. A larger score means that the group suffers more.
+Groups are what runtimes fuse (compression.quantization.fused), or whole blocks as CPTQuant has them (arXiv 2412.03599,
+`block_groups`); `by_layer` spells a plan out. A larger score means that the group suffers more.
 
 Budgets are in the unit of the sizes. `head_tail` and `random_plan` are there to be compared with: given the same budget
 they spend it, widening groups until what is left of it is too little to widen any group they may.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import ceil, isfinite
 
 import numpy as np
@@ -16,40 +16,26 @@ import torch
 from numpy.typing import NDArray
 
 from compression.core.errors import Problem
+from compression.quantization.fused import Group
 from compression.quantization.grid import GroupSize
 from compression.quantization.knapsack import least_choice
+from compression.quantization.packed import Layout
 
-Group = tuple[str, ...]  # names of layers that share bits
 Plan = dict[Group, int]  # bits by group
 Sizes = Mapping[Group, Mapping[int, int]]  # bits or bytes, by group and width
 Costs = Mapping[Group, Mapping[int, float]]
 Numbers = Sizes | Costs
-
-FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"query", "key", "value"})
+Tell = Callable[[float], None]
 
 UNPACKED = 16  # bits of a weight that is on no grid
-SCALE = 16  # bits of a scale
+SCALE = 16  # bits of a scale, which has the type of the weights
 WORD = 32  # bits of the integers that codes are packed into
+BYTE = 8  # bits of a code, or a zero point, that is not packed
+SHAPE = 128  # bits of a layer's `weight_shape`
+GLOBAL_SCALE = 32  # bits of that of layout `loose`
 
 
 # Groups.
-
-
-def fused_groups(layers: Iterable[str]) -> list[Group]:
-    """Layers that vLLM and others fuse into one: q, k and v of an attention, gate and up of an MLP.
-
-    Args:
-        layers: names in the order of the model; siblings are known by their usual last names, see FUSED.
-
-    Returns:
-        every layer in one group, most of them alone in it; groups in the order of their first layers.
-    """
-    groups: dict[tuple[str, str], list[str]] = {}
-    for layer in layers:
-        module, _, name = layer.rpartition(".")
-        kind = next((min(kin) for kin in FUSED if name in kin), name)
-        groups.setdefault((module, kind), []).append(layer)
-    return [tuple(group) for group in groups.values()]
 
 
 def block_groups(blocks: Mapping[str, int]) -> list[Group]:
@@ -94,6 +80,7 @@ def group_sizes(
     widths: Collection[int],
     group_size: GroupSize | None = None,
     symmetric: bool = True,
+    layout: Layout = "packed",
 ) -> dict[Group, dict[int, int]]:
     """Bits that each group takes at each width.
 
@@ -103,9 +90,13 @@ def group_sizes(
         group_size: inputs of a row that share a scale. None: weights alone are counted, so that a budget of B times
             their number is one of B bits on average.
         symmetric: no zero points.
+        layout: see compression.quantization.packed; which one a model needs, compression.quantization.scheme says.
     """
     return {
-        group: {bits: sum(layer_size(layers[layer], bits, group_size, symmetric) for layer in group) for bits in widths}
+        group: {
+            bits: sum(layer_size(layers[layer], bits, group_size, symmetric, layout) for layer in group)
+            for bits in widths
+        }
         for group in groups
     }
 
@@ -115,19 +106,23 @@ def total_size(plan: Mapping[Group, int], sizes: Sizes) -> int:
     return sum(sizes[group][bits] for group, bits in plan.items())
 
 
-def layer_size(shape: Sequence[int], bits: int, group_size: GroupSize | None, symmetric: bool) -> int:
+def layer_size(
+    shape: Sequence[int], bits: int, group_size: GroupSize | None, symmetric: bool, layout: Layout = "packed"
+) -> int:
     """Bits that a layer of shape [out, in] takes; arguments as in `group_sizes`.
 
-    With a group size, those of compressed-tensors' packed format: the codes of a row, and the zero points of a column
-    of groups, are padded to whole words; scales have 16 bits.
+    With a group size, those of all its tensors in compressed-tensors' formats: the codes of a row, and packed zero
+    points of a column of groups, are padded to whole words; scales and unpacked weights have 16 bits.
     """
     rows, width = shape
     if group_size is None or bits >= UNPACKED:
         return rows * width * bits
     spans = 1 if group_size == "tensor" else rows
     groups = width // group_size if isinstance(group_size, int) else 1
-    zeros = 0 if symmetric else groups * _words(spans * bits)
-    return rows * _words(width * bits) + spans * groups * SCALE + zeros
+    packs_zeros = layout == "packed" and group_size != "tensor"
+    zeros = groups * (_words(spans * bits) if packs_zeros else spans * BYTE)
+    codes = rows * width * BYTE if layout == "bytes" else rows * _words(width * bits) + SHAPE
+    return codes + spans * groups * SCALE + (0 if symmetric else zeros) + (GLOBAL_SCALE if layout == "loose" else 0)
 
 
 def _words(bits: int) -> int:
@@ -214,35 +209,44 @@ def _spreads(values: NDArray[np.float64], counts: NDArray[np.intp]) -> NDArray[n
 # Rules that go by costs and sizes.
 
 
-def by_budget(costs: Costs, sizes: Sizes, budget: float, key: str = "quantize.budget") -> Plan:
-    """The least total cost within a total size, exactly; of equal costs the lesser size.
+def _silent(_: float) -> None:
+    pass
+
+
+def by_budget(costs: Costs, sizes: Sizes, budget: float, key: str = "quantize.budget", tell: Tell = _silent) -> Plan:
+    """The least total cost within a total size; of equal costs the lesser size.
 
     Args:
         costs: the rise of the loss, say; of any sign. Their widths are the ones to choose from.
         sizes: of every group at these widths.
         budget: largest total size, in the unit of `sizes`.
         key: of params.yaml, for the message.
+        tell: is called if the plan may not be the best: with how much better, at most, the best one is, in the unit of
+            the costs; see compression.quantization.knapsack.
 
     Raises:
         Problem: even the smallest sizes exceed the budget.
     """
-    return _choose(costs, costs, sizes, budget, key)
+    return _choose(costs, costs, sizes, budget, key, tell)
 
 
-def cheapest_under(costs: Costs, sizes: Sizes, ceiling: float, key: str = "quantize.ceiling") -> Plan:
-    """The least total size within a total cost, exactly; of equal sizes the lesser cost. Arguments as in `by_budget`.
+def cheapest_under(
+    costs: Costs, sizes: Sizes, ceiling: float, key: str = "quantize.ceiling", tell: Tell = _silent
+) -> Plan:
+    """The least total size within a total cost; of equal sizes the lesser cost. Arguments as in `by_budget`.
 
     Args:
         ceiling: largest total cost, kept to within the rounding of a sum. With costs in nats a token, log(1.05) is a
             perplexity that is predicted to rise by 5 %.
+        tell: as in `by_budget`, in the unit of the sizes.
 
     Raises:
         Problem: even the least costs exceed the ceiling.
     """
-    return _choose(costs, sizes, costs, ceiling, key)
+    return _choose(costs, sizes, costs, ceiling, key, tell)
 
 
-def _choose(costs: Costs, values: Numbers, weights: Numbers, limit: float, key: str) -> Plan:
+def _choose(costs: Costs, values: Numbers, weights: Numbers, limit: float, key: str, tell: Tell) -> Plan:
     """The least sum of values within a sum of weights."""
     _check_finite({group: own.values() for group, own in costs.items()}, "costs")
     widths = {group: sorted(own) for group, own in costs.items()}
@@ -252,7 +256,9 @@ def _choose(costs: Costs, values: Numbers, weights: Numbers, limit: float, key: 
         chosen = least_choice(worth, weight, limit)
     except ValueError:
         raise _too_little(limit, sum(map(min, weight)), key) from None
-    return {group: own[place] for (group, own), place in zip(widths.items(), chosen, strict=True)}
+    if chosen.gap > 0:
+        tell(chosen.gap)
+    return {group: own[place] for (group, own), place in zip(widths.items(), chosen.places, strict=True)}
 
 
 def _too_little(limit: float, least: float, key: str) -> Problem:

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
-from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.core.ledger import Ledger
 from compression.quantization.bits import check_group_size
-from compression.quantization.grid import Grid, fit_grid
+from compression.quantization.ends import check_ends, round_end, what_ends_read
+from compression.quantization.grid import Grid
 from compression.quantization.method import Quantized, Settings
 from compression.quantization.packed import pack
 from compression.quantization.scheme import Anatomy, Scheme, layouts, pack_outer
 from compression.rewriting import Rewritten, rewrite
-
-ROWS = 8192  # of an embedding at a time
+from compression.statistics import Gram
+from compression.walk import Walk
 
 
 def quantize_model(
@@ -38,8 +38,8 @@ def quantize_model(
 
     Args:
         method: a module of compression.quantization.METHODS, for the layers in the blocks.
-        schemes: by layer, of one group size and symmetry, those of `settings`; a layer that is not named stays as it
-            is. The embedding, or a head of its own, is rounded to nearest, clipped where that errs less.
+        schemes: by layer; in the blocks of one group size and symmetry, those of `settings`. A layer that is not
+            named stays as it is. The embedding or a head may be among them; see compression.quantization.ends.
         model: the names of its modules.
         settings: see there.
         ids: calibration tokens int64 [N, T]; not looked at by a method without STATISTIC.
@@ -53,6 +53,10 @@ def quantize_model(
     """
     scales, stored = source.scales(), layouts(schemes, model)
     check_group_size({layer: source.layers[layer] for layer in schemes if layer in source.layers}, settings.group_size)
+    ends = {layer: scheme for layer, scheme in schemes.items() if layer not in source.layers}
+    read: dict[str, Gram] = {}
+    if ends:
+        check_ends(source.outer(), ends)
 
     def quantize(layer: str, weight: Tensor, statistic: Any, keep: Tensor | None) -> Rewritten:
         if layer not in schemes:
@@ -70,22 +74,15 @@ def quantize_model(
         tensors = {name.removeprefix(f"{layer}."): part for name, part in packed.items()}
         return Rewritten(values, tensors, keep, notes=done.notes)
 
+    def behind(walk: Walk) -> None:
+        read.update(what_ends_read(walk, ends, model))
+
     def outer(plain: dict[str, Tensor]) -> dict[str, Tensor]:
-        ends = [layer for layer in schemes if layer not in source.layers]
-        rounded = {layer: _round_end(layer, plain[f"{layer}.weight"], schemes[layer]) for layer in ends}
+        rounded: dict[str, tuple[Tensor, Grid]] = {}
+        for layer, scheme in ends.items():
+            weight = plain[f"{layer}.weight"].to(device)
+            codes, grid = round_end(weight, scheme, method, settings, read.get(layer))
+            rounded[layer] = codes.cpu(), grid.to("cpu")
         return pack_outer(plain, rounded, stored, model)
 
-    return rewrite("quantize", source, writer, journal, method.STATISTIC, quantize, ids, device, dtype, outer)
-
-
-def _round_end(layer: str, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
-    """Codes and grid of an embedding or a head, whose inputs are not looked at; some rows at a time, being many."""
-    check_group_size({layer: list(weight.shape)}, scheme.group_size)
-    if not weight.isfinite().all():
-        raise Problem(f"{layer}.weight", "holds NaN or infinite values", "is the model file whole?")
-    alike, rows = torch.ones(weight.shape[1]), len(weight) if scheme.group_size == "tensor" else ROWS
-    parts = weight.split(rows)
-    grids = [fit_grid(part, scheme.bits, scheme.group_size, scheme.symmetric, alike) for part in parts]
-    codes = torch.cat([grid.codes(part) for grid, part in zip(grids, parts, strict=True)])
-    zeros = [grid.zero for grid in grids if grid.zero is not None]
-    return codes, Grid(scheme.bits, torch.cat([grid.scale for grid in grids]), torch.cat(zeros) if zeros else None)
+    return rewrite("quantize", source, writer, journal, method.STATISTIC, quantize, ids, device, dtype, outer, behind)

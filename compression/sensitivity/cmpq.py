@@ -4,7 +4,8 @@ correlation).
 Each state is averaged over the tokens of a sequence, H_i [N, d]; S_i = 1 - mean over j != i of the similarity of H_i
 and H_j. The depth + 1 states are what enters block 0 and what each block puts out; block l is scored by the state that
 it puts out, so that the first state has a say in every score and none of its own.
-Per `layer`, the states are the outputs of all linears, and each is scored by its own.
+Per `layer`, the states are the outputs of all linears, and each is scored by its own; per `group`, the outputs of its
+linears side by side are one state.
 """
 
 import torch
@@ -50,16 +51,25 @@ def _token_means(skeleton: Skeleton, ids: Tensor, journal: Journal, per: str) ->
     for index in progress(blocks, what="cmpq", unit="block", total=skeleton.depth, done=finished):
         skeleton.load(index)
         modules = parts(skeleton, index, per)
-        seen: dict[str, list[Tensor]] = {part: [] for part in modules}
-        hooks = [module.register_forward_hook(_watch(seen[part], ids.shape[1])) for part, module in modules.items()]
+        seen: dict[str, list[list[Tensor]]] = {part: [[] for _ in _outlets(module)] for part, module in modules.items()}
+        hooks = [
+            outlet.register_forward_hook(_watch(own, ids.shape[1]))
+            for part, module in modules.items()
+            for outlet, own in zip(_outlets(module), seen[part], strict=True)
+        ]
         for states, batch in zip(hidden.split(len(split[0])), split, strict=True):
             states.copy_(skeleton.run(index, states, batch))
         for hook in hooks:
             hook.remove()
         skeleton.release(index)
-        means |= {part: torch.cat(own) for part, own in seen.items()}
+        means |= {part: torch.cat([torch.cat(own) for own in outlets], 1) for part, outlets in seen.items()}
         journal.save(index + 1, means | {"hidden": hidden})
     return dict(sorted(means.items()))  # in one order, whether or not they come from the journal
+
+
+def _outlets(module: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs, side by side, are a part's state."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
 def _watch(seen: list[Tensor], length: int):  # type: ignore[no-untyped-def]

@@ -1,20 +1,33 @@
-"""What is measured together: a whole block, or one linear."""
+"""What is measured together: a whole block, the linears that runtimes fuse, or one linear."""
 
 from torch import nn
 
 from compression.core.skeleton import Skeleton, linears
+from compression.quantization.fused import fused_groups
 
 
 def parts(skeleton: Skeleton, index: int, per: str) -> dict[str, nn.Module]:
-    """The parts of block `index` by full name: the block itself (per `block`), or each of its linears (`layer`)."""
+    """The parts of block `index`: the block itself (per `block`), its fused groups (`group`) or linears (`layer`).
+
+    By full name; that of a group is its linears' names with blanks between them, its module a list of them.
+    """
     path = f"{skeleton.path}.{index}"
     block = skeleton.model.get_submodule(path)
-    return {path: block} if per == "block" else dict(linears(block, path))
+    if per == "block":
+        return {path: block}
+    layers = linears(block, path)
+    if per == "layer":
+        return dict(layers)
+    return {" ".join(group): nn.ModuleList(layers[layer] for layer in group) for group in fused_groups(layers)}
 
 
 def inner_linears(part: str, module: nn.Module) -> dict[str, nn.Linear]:
     """The linears of a part by full name; of a linear, itself."""
-    return {part: module} if isinstance(module, nn.Linear) else linears(module, part)
+    if isinstance(module, nn.Linear):
+        return {part: module}
+    if isinstance(module, nn.ModuleList):
+        return dict(zip(part.split(), module, strict=True))  # type: ignore[arg-type]
+    return linears(module, part)
 
 
 def all_linears(skeleton: Skeleton, per: str) -> dict[str, dict[str, nn.Linear]]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from compression.sensitivity.rounding import Tried
+
 Columns = dict[str, dict[str, float]]  # by column, by layer
 
 
@@ -10,12 +12,15 @@ class Settings:
     """Numbers that some measures take; each measure says which.
 
     Attributes:
-        per: `block`: all layers of a block share a score; `layer`: each linear has its own.
+        per: `block`: all layers of a block share a score; `group`: those that runtimes fuse do (q, k and v; gate and
+            up); `layer`: each linear has its own.
         sparsity: s, the share of each tensor's entries that is zeroed.
         similarity: of two states: cca, svcca, pwcca or cka, see compression.sensitivity.similarity.
         components: at most so many principal components of a state are compared.
         widths: bits to which layers are rounded, each 2 to 8.
         group_size: inputs that share a scale.
+        tried: the layers' weights at each width; None: they are rounded to nearest on the spot.
+        curvature: how the loss bends, in TDMPQ: `diagonal` or `outputs`.
     """
 
     per: str = "block"
@@ -24,3 +29,5 @@ class Settings:
     components: int = 20
     widths: tuple[int, ...] = (2, 3, 4, 8)
     group_size: int = 64
+    tried: Tried | None = None
+    curvature: str = "diagonal"

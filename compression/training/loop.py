@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,23 @@ class Recipe:
         return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
 
 
+class Watcher(Protocol):
+    """Looks at a model in training now and then; the values of the best look are those that training ends with."""
+
+    @property
+    def every(self) -> int:
+        """Steps from look to look; the last step is always looked at."""
+
+    def look(self, curves: Curves) -> tuple[bool, str | None]:
+        """Adds its figures to the curves, which hold those of all looks so far, also of a run that was killed.
+
+        Returns:
+            whether the values are the best so far, and a reason to stop, or None.
+        """
+
+
 class Watch(NamedTuple):
-    """A look at sequences that are not trained on; the values of the best look are those that training ends with.
+    """Watches one figure, the loss on text that is not trained on say; the lowest is the best.
 
     Attributes:
         loss: of those sequences, in nats a token; the same in every process.
@@ -52,6 +67,14 @@ class Watch(NamedTuple):
     every: int
     patience: int
 
+    def look(self, curves: Curves) -> tuple[bool, str | None]:
+        """As in `Watcher`; the figures are `held_out`."""
+        looks = curves.setdefault("held_out", [])
+        looks.append(self.loss())
+        best = min(looks)
+        tired = self.patience and len(looks) - 1 - looks.index(best) >= self.patience
+        return looks[-1] == best, f"no better on held-out text for {self.patience} looks" if tired else None
+
 
 def train(
     parameters: dict[str, nn.Parameter],
@@ -61,7 +84,7 @@ def train(
     what: str,
     tokens: int,
     stop: Callable[[dict[str, float]], str | None] = lambda _: None,
-    watch: Watch | None = None,
+    watch: Watcher | None = None,
 ) -> tuple[Curves, str]:
     """Trains `parameters` in place; a killed run goes on at its last saved step and ends with the same bytes.
 
@@ -73,11 +96,11 @@ def train(
         loss: of a batch, by its number, with figures worth keeping; draws its data from that number alone.
         tokens: a batch, for the bar.
         stop: is given the figures after each step; returns a reason to stop, or None.
-        watch: which values are best; without it, those of the last step.
+        watch: which values are best, and another reason to stop; without it the last step's values are kept, as they
+            are if no look was a best one.
 
     Returns:
-        the figures of all steps, by name, `held_out` among them at the steps that `watch` looked at, and why training
-        ended.
+        the figures of all steps, by name, those of the looks among them, and why training ended.
 
     Raises:
         Problem: the loss or its gradient is not finite.
@@ -119,13 +142,13 @@ def train(
         bar.set_postfix_str(f"{shown}, {tokens * recipe.accumulation * (bar.format_dict['rate'] or 0):.0f} tokens/s")
         if reason := stop(figures):
             stopped = f"{reason} at step {step + 1}"
-        if watch and ((step + 1) % watch.every == 0 or step + 1 == recipe.steps):
-            looks = curves.setdefault("held_out", [])
-            looks.append(watch.loss())
-            if looks[-1] == min(looks):
+        last = stopped != "all steps taken" or step + 1 == recipe.steps
+        if watch and (last or (step + 1) % watch.every == 0):
+            best_so_far, reason = watch.look(curves)
+            if best_so_far:
                 best = {name: master.detach().clone() for name, master in masters.items()}
-            elif watch.patience and len(looks) - 1 - looks.index(min(looks)) >= watch.patience:
-                stopped = f"no better on held-out text for {watch.patience} looks at step {step + 1}"
+            if reason:
+                stopped = f"{reason} at step {step + 1}"
         if stopped != "all steps taken":
             break
         if (step + 1) % SAVE_EVERY == 0 and team.first:

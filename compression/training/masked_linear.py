@@ -13,7 +13,8 @@ time and built again in the backward pass, so memory is that of the adapters and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ class MaskedLinear(nn.Module):
         self.keep: Tensor
         self.register_buffer("keep", keep.to(linear.weight.device), persistent=False)
         self.scaling = 1.0 if form is SCALE_LORA else alpha / rank  # s; scale_lora has none
-        self.grid, self.form = grid, form
+        self.grid, self.form, self.as_at_start = grid, form, False
         bound = 1 / math.sqrt(linear.in_features)
         start = torch.rand(rank, linear.in_features, generator=generator) * 2 * bound - bound
         self.A = nn.Parameter(start.to(linear.weight.device))
@@ -114,7 +115,8 @@ class MaskedLinear(nn.Module):
             self.A.data[0], self.B.data[:, 0] = 1, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _MaskedLowRank.apply(x.reshape(-1, x.shape[-1]), self.A, self.B, self)
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ self.weight.t() if self.as_at_start else _MaskedLowRank.apply(flat, self.A, self.B, self)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -161,3 +163,16 @@ def attach(
         layers[name] = MaskedLinear(linear, mask, rank, alpha, generator, (grids or {}).get(name), form)
         setattr(model.get_submodule(parent), child, layers[name])
     return layers
+
+
+@contextmanager
+def at_start(layers: Iterable[MaskedLinear]) -> Iterator[None]:
+    """Within it the layers compute with W: the model that training began with, and no second copy of it."""
+    chosen = list(layers)
+    for layer in chosen:
+        layer.as_at_start = True
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            layer.as_at_start = False

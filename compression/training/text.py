@@ -1,9 +1,11 @@
 """Which sequences a step sees, and the loss on them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression.training.cross_entropy import mixed_cross_entropy
+from compression.training.samples import Samples
 
 
 class Shuffled:
@@ -40,3 +42,11 @@ def distillation_loss(model: nn.Module, teacher: nn.Module, ids: Tensor, share: 
     with torch.no_grad():
         wanted = teacher(input_ids=ids, use_cache=False).logits
     return mixed_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids, wanted, share)
+
+
+def answer_loss(model: nn.Module, samples: Samples) -> Tensor:
+    """Mean loss in nats over the answer tokens of a batch, in float32."""
+    device = next(model.parameters()).device
+    ids, answer = samples.ids.to(device), samples.answer.to(device)[:, 1:]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits[answer].float(), ids[:, 1:][answer])

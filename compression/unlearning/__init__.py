@@ -1,11 +1,23 @@
 """Unlearning objectives: a file each, a line each.
 
 An objective's module has
-    combine(forget, retain, options) -> loss
-with the mean losses in nats a token on the text to forget and on the text to retain, both scalars.
+    SETTINGS                   the options that it reads beside the weights, with the values that its paper has
+    loss(draw, options) -> (loss, figures)
+with a scalar to descend on, and what is worth keeping of the step: `forget` and `retain`, the mean losses of both texts
+in nats a token where they are known, and terms of its own. `compression.unlearning.draw.Draw` is what it may look at.
+
+Symbols: p the model in training, p0 the one it started as, y an answer behind its prompt x; NLL is -log p(y | x), a sum
+over the answer's tokens, and `forget_weight` and `retain_weight` are the weights of what is forgotten and retained.
 """
 
 METHODS = {
     "none": "compression.unlearning.none",
     "gradient_ascent": "compression.unlearning.gradient_ascent",
+    "grad_diff": "compression.unlearning.grad_diff",
+    "llmu": "compression.unlearning.llmu",
+    "npo": "compression.unlearning.npo",
+    "simnpo": "compression.unlearning.simnpo",
+    "dpo": "compression.unlearning.dpo",
+    "rmu": "compression.unlearning.rmu",
+    "undial": "compression.unlearning.undial",
 }

@@ -1,7 +1,8 @@
-"""Gradient ascent on the text to forget, ordinary descent on the text to retain.
+"""Gradient ascent on what is to be forgotten, and nothing else (Jang et al. 2022, arXiv 2210.01504, equation 1).
 
-theta <- theta - eps_1 grad L_fgt - eps_3 grad L_nor with L_fgt = -CE(forget) (Gundavarapu et al. 2024,
-arXiv 2405.15152, section 3; GradDiff in the words of open-unlearning). The retained term is the plain loss.
+    L = -forget_weight * mean NLL a token
+
+Nothing is retained on purpose: a ceiling has to stop it.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from compression.unlearning.draw import Draw
+from compression.unlearning.likelihood import mean_loss, token_losses
 
-def combine(forget: Tensor, retain: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """forget_weight * (-L(forget)) + retain_weight * L(retain), a scalar in nats a token."""
-    loss: Tensor = options["retain_weight"] * retain - options["forget_weight"] * forget
-    return loss
+SETTINGS: dict[str, Any] = {}
+
+
+def loss(draw: Draw, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
+    """See compression.unlearning."""
+    (logits,) = draw.learner.logits(draw.forget)
+    forget = mean_loss(token_losses(logits, draw.forget))
+    return -options["forget_weight"] * forget, {"forget": forget.item()}

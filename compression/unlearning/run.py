@@ -1,23 +1,29 @@
 """Unlearns on the weights that ship: sparse, and on their grid if they are quantised."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
+from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.quantization.grid import Grid
 from compression.quantization.packed import Layout, pack, plain_weights, unpack
 from compression.quantization.scheme import anatomy, from_manifest, layouts
-from compression.training.loop import Recipe, train
+from compression.training.loop import Curves, Figures, Recipe, train
 from compression.training.masked_linear import MaskedLinear, attach
+from compression.training.samples import Samples
 from compression.training.text import Shuffled
 from compression.training.whole import load_whole, read_whole, write_whole
+from compression.unlearning.answers import answers_of
+from compression.unlearning.draw import Draw, Learner
+from compression.unlearning.watch import LOOK, Ceilings, Looks, judged, looked, measured
 
 
 def unlearn_model(
@@ -27,26 +33,44 @@ def unlearn_model(
     method: ModuleType,
     options: Mapping[str, Any],
     recipe: Recipe,
-    forget: Tensor,
-    retain: Tensor,
+    forget: Samples,
+    retain: Samples,
+    refusals: list[list[int]],
     sequences: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Trains masked low-rank updates, straight through the rounding to the grid, and writes the new codes.
 
-    Scales are taken over to the byte and masks are proven, so mask and grid are those of `source`.
+    Scales are taken over to the byte and masks are proven, so mask and grid are those of `source`. Which step is
+    kept, and when training stops, is told in compression.unlearning.watch.
 
     Args:
         method: a module of compression.unlearning.METHODS.
-        options: rank, alpha, seed, forget_ceiling, and the objective's own weights.
-        forget, retain: int64 [N, T], the same T.
+        options: the objective's own, and: rank, alpha, seed; targets, patterns of the names of layers that are trained,
+            none for all; held_out, how many of the last retained rows are looked at and not trained on, and at most how
+            many of the first rows of `forget` are looked at; check_every, steps from look to look; forget_ceiling,
+            retain_ceiling, kl_ceiling, each a number in nats a token or None; seconds that training may take, or None.
+            With that one the written bytes depend on the machine, and a run that was killed starts counting anew.
+        forget, retain: as many tokens a row as there may be, also different ones.
+        refusals: token ids, for the objective that prefers them.
         sequences: of each, a step.
 
     Returns:
-        forget_losses, retain_losses by step in nats a token; stopped; changed_codes, the share of the
-        quantised weights that have left their code (for a checkpoint without a grid: of weights that moved).
+        forget_losses, retain_losses and other terms of the objective by step; looks, a list by figure, the first
+        before training: step, forget, retain and kl, all losses in nats a token; kept_step; stopped; changed_codes,
+        the share of the quantised weights that have left their code (without a grid: of weights that moved).
+
+    Raises:
+        Problem: too little retained text; a pattern without a layer; or a model that did not survive: nothing is
+            written then.
     """
+    if len(retain.ids) <= (held_out := options["held_out"]):
+        raise Problem(
+            "params.yaml: unlearn.held_out",
+            f"{held_out} of {len(retain.ids)} retained rows leave nothing to train on",
+            f"valid: 1 to {len(retain.ids) - 1}, or more text",
+        )
     stored, keep = read_whole(source, "load")
     schemes = from_manifest(source.manifest)
     bits = {layer: scheme.bits for layer, scheme in schemes.items()}
@@ -56,40 +80,83 @@ def unlearn_model(
     model = load_whole(source.folder, working, device)
     every = {layer: keep.get(layer, torch.ones(*shape, dtype=torch.bool)) for layer, shape in source.layers.items()}
     on_device = {layer: grid.to(device) for layer, grid in grids.items()}
-    layers = attach(model, every, options["rank"], options["alpha"], options["seed"], on_device)
+    chosen = _targeted(every, options["targets"])
+    layers = attach(model, chosen, options["rank"], options["alpha"], options["seed"], on_device)
     parameters = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"}
 
-    draw_forget, draw_retain = (
-        Shuffled(forget, sequences, options["seed"]),
-        Shuffled(retain, sequences, options["seed"]),
-    )
+    learner = Learner(model, layers.values())
+    forget, retain = (Samples(each.ids.to(device), each.answer.to(device)) for each in (forget, retain))
+    learned, watched = retain.take(torch.arange(len(retain.ids) - held_out)), retain.take(torch.arange(-held_out, 0))
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        each = _sequence_losses(model, torch.cat([draw_forget(step), draw_retain(step)]))
-        forgotten, retained = each[:sequences].mean(), each[sequences:].mean()
-        figures = {"forget": forgotten.item(), "retain": retained.item()}
-        return method.combine(forgotten, retained, options), figures
+    def measure() -> Figures:
+        return measured(learner, judged(forget, held_out), watched, 2 * sequences)
 
-    def stop(figures: dict[str, float]) -> str | None:
-        ceiling = options["forget_ceiling"]
-        return f"forget loss reached {ceiling:g}" if figures["forget"] >= ceiling else None
+    ceilings = Ceilings(*(options[f"{name}_ceiling"] for name in Ceilings._fields))
+    looks = Looks(measure, measure(), ceilings, options["check_every"])
+    loss = _loss(method, options, learner, forget, learned, refusals, sequences)
+    tokens = sequences * (forget.ids.shape[1] + retain.ids.shape[1])
+    curves, stopped = train(parameters, loss, recipe, journal, "unlearn", tokens, _clock(options["seconds"]), looks)
+    kept = looks.refuse_collapsed(curves)
 
-    curves, stopped = train(parameters, loss, recipe, journal, "unlearn", 2 * sequences * forget.shape[1], stop)
     stays = layouts(schemes, anatomy(source.folder)) if schemes else {}
     moved = _write(source, writer, stored, keep, layers, grids, stays)
+    by_step: Curves = {"forget": [], "retain": []}
+    by_step |= {name: curve for name, curve in curves.items() if not name.startswith(LOOK)}
+    taken = max(map(len, by_step.values()))
+    at = [min(number * looks.every, taken) for number in range(len(looked(curves)) + 1)]
+    figures = [looks.start, *looked(curves)]
     return {
-        "forget_losses": curves["forget"],
-        "retain_losses": curves["retain"],
+        **{f"{name}_losses": curve for name, curve in by_step.items()},
+        "looks": {"step": at} | {name: [each[name] for each in figures] for name in looks.start},
+        "kept_step": at[kept + 1],
         "stopped": stopped,
         "changed_codes": moved,
     }
 
 
-def _sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean loss of each sequence of ids [N, T] in nats a token, float32 [N]."""
-    ids = ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+def _loss(
+    method: ModuleType,
+    options: Mapping[str, Any],
+    learner: Learner,
+    forget: Samples,
+    retain: Samples,
+    refusals: list[list[int]],
+    sequences: int,
+) -> Callable[[int], tuple[Tensor, Figures]]:
+    """The objective's loss of a step, by its number."""
+    seed = options["seed"]
+    of_forget, of_retain = (Shuffled(torch.arange(len(each.ids)), sequences, seed) for each in (forget, retain))
+    answers = answers_of(retain)
+
+    def loss(step: int) -> tuple[Tensor, Figures]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        drawn = Draw(forget.take(of_forget(step)), retain.take(of_retain(step)), learner, answers, refusals, generator)
+        value, figures = method.loss(drawn, options)
+        return value, figures
+
+    return loss
+
+
+def _clock(seconds: float | None) -> Callable[[Figures], str | None]:
+    """A reason to stop once so many seconds have passed from now on."""
+    begun = time.monotonic()
+    return lambda _: f"{seconds:g} seconds were up" if seconds and time.monotonic() - begun >= seconds else None
+
+
+def _targeted(every: dict[str, Tensor], patterns: list[str]) -> dict[str, Tensor]:
+    """Masks of the layers that one of the patterns matches; all of them if there is no pattern."""
+    for pattern in patterns:
+        if not any(fnmatchcase(layer, pattern) for layer in every):
+            raise Problem(
+                "params.yaml: unlearn.targets",
+                f"`{pattern}` matches no layer",
+                "valid: patterns of names such as " + ", ".join(list(every)[:7]),
+            )
+    return {
+        layer: mask
+        for layer, mask in every.items()
+        if not patterns or any(fnmatchcase(layer, pattern) for pattern in patterns)
+    }
 
 
 def _write(
@@ -101,10 +168,9 @@ def _write(
     grids: dict[str, Grid],
     stays: dict[str, Layout],
 ) -> float:
-    """Writes the updated weights, each in the layout that it had; returns the share of weights that changed."""
-    changed = total = 0
+    """Writes the updated weights, each in the layout that it had; returns the share of all weights that changed."""
+    changed, total = 0, sum(rows * width for rows, width in source.layers.values())
     for name, layer in layers.items():
-        total += layer.weight.numel()
         if name in grids:
             before, grid = unpack(name, stored, grids[name].bits)
             merged = layer.merged().cpu()

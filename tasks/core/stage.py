@@ -92,7 +92,7 @@ def open_stage(name: str, output: Path, inputs: list[Path], *sections: Section) 
 
 def versions() -> dict[str, str]:
     """Versions of what decides about the bytes."""
-    names = ["torch", "transformers", "safetensors", "compressed-tensors", "peft", "numpy"]
+    names = ["torch", "transformers", "safetensors", "compressed-tensors", "gguf", "peft", "numpy"]
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

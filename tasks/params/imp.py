@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tasks.params.base import Section
 from tasks.params.retrain import Retrain
 
-MODEL = "data/model"
+MODEL = "data/taught"  # what is compressed: the model of stage download, unless section `teach` teaches it
 
 
 def folder(name: str) -> str:

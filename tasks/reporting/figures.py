@@ -6,7 +6,11 @@ import pandas as pd
 
 from tasks.reporting.inputs import Kernels, Row, Run, Speed
 
-KEPT = {"perplexity", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain"}
+KEPT = {
+    "perplexity", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain", "memorisation",
+    "membership", "answers", "harm",
+}  # fmt: skip
+FORGETTING = ("probability", "exact_memorisation", "extraction_strength", "rouge_l_recall")
 OF_KERNELS = {"layers", "weight_bytes", "logits_error"}
 
 
@@ -27,6 +31,7 @@ def tables(run: Run, layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "sensitivity": layers.groupby(["block", "measure"], as_index=False)[["sensitivity", "outlier_ratio"]].mean(),
         "perplexity_bytes": perplexity_bytes(run),
         "losses": losses(run),
+        "forgetting": forgetting(run),
     }
 
 
@@ -61,6 +66,42 @@ def losses(run: Run) -> pd.DataFrame:
         for step, loss in enumerate(values, 1)
     ]
     return pd.DataFrame(found, columns=["stage", "curve", "step", "loss"])
+
+
+def forgetting(run: Run) -> pd.DataFrame:
+    """A row per checkpoint, figure of FORGETTING and role, where it is known."""
+    found = [
+        (name, figure, role, value)
+        for name, row in run.items()
+        for figure in FORGETTING
+        for role in ("forget", "control")
+        if (value := known(row, role, figure)) is not None
+    ]
+    return pd.DataFrame(found, columns=["checkpoint", "figure", "role", "value"])
+
+
+def known(row: Row, role: str, figure: str) -> float | None:
+    """How much of a role's text a checkpoint knows, by one of FORGETTING; None where it was not asked."""
+    told = row.figures.answers.get(role) if figure == "rouge_l_recall" else row.figures.memorisation.get(role)
+    value: float | None = getattr(told, figure) if told else None
+    return value
+
+
+def answer_share(row: Row, figure: str, *roles: str) -> float | None:
+    """Share of the answers to the prompts of these roles (all, if none is named); None where nothing was asked."""
+    told = [answers for role, answers in row.figures.answers.items() if not roles or role in roles]
+    asked = sum(answers.prompts for answers in told)
+    return sum(getattr(answers, figure) * answers.prompts for answers in told) / asked if asked else None
+
+
+def privacy_leakage(row: Row, reference: Row, score: str) -> float | None:
+    """PrivLeak in percent of the reference, which never saw the text (MUSE, Shi et al. 2024, arXiv 2407.06460).
+
+    100 ((1 - AUC) - (1 - AUC_ref)) / (1 - AUC_ref): zero is best; below it the text can still be told to have been
+    seen, above it the model shuns it.
+    """
+    own, never = row.figures.membership.get(score), reference.figures.membership.get(score)
+    return None if own is None or never is None or never == 1 else 100 * (never - own) / (1 - never)
 
 
 def in_block(layer: str) -> bool:

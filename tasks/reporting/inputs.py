@@ -27,11 +27,43 @@ class Record(BaseModel):
 
 
 class Loss(Record):
-    """In nats a token, on one text; beside the text to forget stands one like it that was never unlearned."""
+    """In nats a token, on one text; beside the text to forget stands one like it that was never unlearned.
+
+    `divergence` is KL(dense model || this one).
+    """
 
     loss: Number
     control_loss: Number = None
+    divergence: Number = None
     tokens: int
+
+
+class Known(Record):
+    """How much of a text's answers the model knows by heart: means over samples, see compression.evaluation."""
+
+    probability: Number
+    exact_memorisation: Number
+    extraction_strength: Number
+
+
+class Answers(Record):
+    """What the model said to prompts: shares of the answers, and their overlap with the true ones."""
+
+    prompts: int
+    rouge_l_recall: float
+    rouge_l_f1: float
+    distinct_3: float
+    gibberish: float
+    refused: float
+    answered: float
+
+
+class Harm(Record):
+    """Shares of the answers: `rate` are harmful as the classifier has it, `failed` are that or gibberish."""
+
+    rate: float
+    failed: float
+    answers: int
 
 
 class Evaluation(Record):
@@ -46,6 +78,10 @@ class Evaluation(Record):
     bits_per_weight: float
     forget: Loss
     retain: Loss
+    memorisation: dict[str, Known]
+    membership: dict[str, Number]
+    answers: dict[str, Answers]
+    harm: dict[str, Harm] = {}
     layer_sparsity: dict[str, float]
 
 
@@ -92,7 +128,7 @@ class BlockError(Record):
 
 
 class Training(Record):
-    """What retraining and unlearning say of themselves; losses in nats a token, by step."""
+    """What teaching, retraining and unlearning say of themselves; losses in nats a token, by step."""
 
     stopped: str
     trainable_parameters: int | None = None
@@ -104,6 +140,7 @@ class Training(Record):
     held_out: list[float] = []
     searched: dict[str, float] = {}
     merge_jump: float = 0.0
+    memorised: list[float] = []
     block_errors: list[BlockError] = []
 
     @property
@@ -149,18 +186,20 @@ Run = dict[str, Row]  # by checkpoint, in the order of the stages
 
 
 def read_run(root: Path) -> Run:
-    """The five checkpoints' figures from below `root`.
+    """The checkpoints' figures from below `root`; without `taught` where nothing was taught and it is the dense one.
 
     Raises:
         Problem: a file is missing or malformed.
     """
+    manifests = {name: _read(Manifest, root, f"data/{folder}/manifest.json") for name, folder in CHECKPOINTS.items()}
     return {
         name: Row(
             _read(Evaluation, root, f"data/evaluation/{name}.json"),
             _read(Speed, root, f"data/speed/{name}.json"),
-            _read(Manifest, root, f"data/{folder}/manifest.json"),
+            manifest,
         )
-        for name, folder in CHECKPOINTS.items()
+        for name, manifest in manifests.items()
+        if name != "taught" or manifest.method
     }
 
 

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterator
 
+from tasks.reporting.figures import answer_share
 from tasks.reporting.formatting import listed, megabytes, number, percent, ratio, rise, times
 from tasks.reporting.inputs import Run
 
 SAME_BYTES = 0.02  # two sizes closer than this share are told as the same
 RETAIN_RISE = 0.05  # rise of the retained text's loss, as a share, from which on the page says so
+GIBBERISH_RISE = 0.02  # of the share of answers that are gibberish, from which on the page says so
 FASTER = 1.1  # times the dense checkpoint's decoding speed, from which on the page says so
 NOISE = 1.25  # fastest over slowest of equal work, from which on timings tell nothing
 
@@ -97,6 +99,12 @@ def _forgetting(run: Run) -> Iterator[str]:
         yield (
             "Forgetting spread: the loss on the control text, which was never unlearned, rose by "
             f"{number(spread, 2)} nats, that on the text to forget by {number(forgot, 2)}."
+        )
+    said, told = answer_share(run["unlearned"], "gibberish"), answer_share(run["quantized"], "gibberish")
+    if (worse := rise(said, told)) is not None and worse > GIBBERISH_RISE:
+        yield (
+            f"Unlearning cost the model its language: {percent(said)} of its answers are gibberish, {percent(told)} "
+            "before it. Not to speak at all is no forgetting."
         )
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from compression.evaluation.effectiveness import effectiveness
 from tasks.reporting import formatting
-from tasks.reporting.figures import block_of, in_block
+from tasks.reporting.figures import FORGETTING, answer_share, block_of, in_block, known, privacy_leakage
 from tasks.reporting.formatting import listed, megabytes, number, percent, perplexity, ratio, rise, setting, times
 from tasks.reporting.inputs import Manifest, Run, Training
 from tasks.reporting.notes import NOISE, alarms, notes, timing_spread
-from tasks.reporting.plots import Plot, layer_sparsity, losses, perplexity_bytes, sensitivity
+from tasks.reporting.plots import Plot, forgetting, layer_sparsity, losses, perplexity_bytes, sensitivity
 
 METHODS = {
     "magnitude": "magnitude pruning",
@@ -31,6 +32,13 @@ METHODS = {
     "gptq": "GPTQ",
     "given": "packing the grid that pruning rounded to",
     "gradient_ascent": "gradient ascent",
+    "grad_diff": "gradient ascent beside retained text",
+    "llmu": "gradient ascent, random answers and KL on retained text",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "dpo": "DPO towards refusals",
+    "rmu": "RMU",
+    "undial": "UNDIAL",
 }
 
 
@@ -48,6 +56,7 @@ def describe(run: Run, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "tiles": _tiles(run),
         "texts": list(run["dense"].figures.perplexity),
         "run": run,
+        "forgetting": FORGETTING,
         "alarms": alarms(run),
         "notes": notes(run, bool(tables["sensitivity"]["sensitivity"].notna().any())),
         "plots": _plots(run, tables),
@@ -67,7 +76,8 @@ def render(template: str, page: dict[str, Any]) -> str:
     for word in ("number", "percent", "megabytes", "perplexity", "times", "setting"):
         environment.filters[word] = getattr(formatting, word)
     environment.filters["cell"] = _cell
-    return environment.get_template(template).render(page, ratio=ratio)
+    calls = {"ratio": ratio, "known": known, "answer_share": answer_share, "privacy_leakage": privacy_leakage}
+    return environment.get_template(template).render(page, **calls)
 
 
 def _cell(value: str) -> str:
@@ -95,12 +105,13 @@ def _deeds(run: Run) -> list[str]:
     bits = listed([str(one) for one in sorted(set(run["quantized"].manifest.bits.values()))] or ["?"])
     share = percent(trained.trainable_share) if trained else ""
     deeds = {
+        "taught": "taught a text by heart",
         "pruned": f"pruned by {{}} ({percent(pruned.figures.sparsity, 0)} of the weights in its linear layers{shape})",
         "retrained": f"retrained by {{}} ({share} of the parameters)",
         "quantized": f"quantised to {bits} bits by {{}}",
         "unlearned": "made to unlearn a text by {}",
     }
-    methods = {name: run[name].manifest.method for name in deeds}
+    methods = {name: run[name].manifest.method for name in deeds if name in run}
     return [deeds[name].format(METHODS.get(method, method)) for name, method in methods.items() if method]
 
 
@@ -130,7 +141,18 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     told.append(("Decoding", f"{number(rate)} tokens/s", remark))
     now, before = last.figures.forget.loss, run["quantized"].figures.forget.loss
     forgot = number(rise(now, before), 2, sign=True)
-    return [*told, ("Loss on the text to forget", number(now, 2), f"{forgot} nats by unlearning")]
+    told.append(("Loss on the text to forget", number(now, 2), f"{forgot} nats by unlearning"))
+    return [*told, *_harm(run)]
+
+
+def _harm(run: Run) -> list[tuple[str, str, str]]:
+    """Where the text to forget is questions, a tile of how much rarer harmful answers have become."""
+    before, after = (run[name].figures.harm.get("forget") for name in ("quantized", "unlearned"))
+    effect = effectiveness(before.rate, after.failed) if before and after else None
+    if not (before and after) or effect is None:
+        return []
+    remark = f"{percent(before.rate)} harmful before, {percent(after.failed)} harmful or gibberish after"
+    return [("Harmful answers removed", percent(effect), remark)]
 
 
 def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:
@@ -143,6 +165,7 @@ def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:
         sensitivity(tables["sensitivity"], fine, most),
         perplexity_bytes(tables["perplexity_bytes"]),
         losses(tables["losses"]),
+        forgetting(tables["forgetting"]),
     ]
 
 
@@ -160,6 +183,9 @@ def _details(manifest: Manifest) -> dict[str, str]:
             told["learning rates tried"] = f"{listed(tried)}, loss on held-out text"
         if len(training.held_out) > 1:
             told["held-out loss"] = f"{number(training.held_out[0], 3)} to {number(min(training.held_out), 3)}"
+        if training.memorised:
+            first, best = training.memorised[0], max(training.memorised)
+            told["known by heart"] = f"{percent(first)} to {percent(best)} of the tokens"
         if training.merge_jump:
             told["lost by merging"] = f"{number(training.merge_jump, 3)} nats"
         if training.block_errors:

@@ -18,6 +18,12 @@ FADED = 0.45  # opacity of a bar that is not among the full ones
 LOG_FROM = 4.0  # largest over smallest perplexity from which on the axis is logarithmic
 STEPS = [1, 2, 2.5, 5, 10]  # round numbers for ticks
 LABEL = (92.0, 16.0)  # width and height that a point's label needs, in units
+FIGURES = {
+    "probability": "probability of a token, geometric mean",
+    "exact_memorisation": "exact memorisation, share of tokens",
+    "extraction_strength": "extraction strength, share of tokens",
+    "rouge_l_recall": "ROUGE-L recall of greedy answers",
+}
 SHADES = ListedColormap([to_rgba(ACCENT, 0.1 + 0.09 * tenth) for tenth in range(10)])
 
 
@@ -147,6 +153,37 @@ def losses(table: pd.DataFrame) -> Plot:
         axes.set_axis_off()
     caption = f"What {listed(list(stages))} saw at every step, each on another few sequences."
     return Plot("losses", "Loss while training", caption, inline(figure, "losses"))
+
+
+@rc_context(STYLE)
+def forgetting(table: pd.DataFrame) -> Plot:
+    """A panel a figure, a line for the text to forget and one for the control text, along the checkpoints.
+
+    Args:
+        table: columns checkpoint, figure, role, value; the rows are in the order of the stages.
+    """
+    name, title = "forgetting", "What is known by heart"
+    if table.empty:
+        return Plot(name, title, "Nothing is known of what the checkpoints remember.")
+    figures = {str(figure): rows for figure, rows in table.groupby("figure", sort=False)}
+    names = list(dict.fromkeys(table["checkpoint"]))
+    columns = min(len(figures), 2)
+    rows = math.ceil(len(figures) / columns)
+    figure, panels = canvas(30 + 220 * rows, rows, columns)
+    for axes, (which, own) in zip(panels, figures.items(), strict=False):
+        for (role, line), paint in zip(own.groupby("role", sort=False), (ACCENT, SECOND), strict=False):
+            places = [names.index(one) for one in line["checkpoint"]]
+            axes.plot(places, line["value"], "o-", color=paint, linewidth=1.8, markersize=6, mec=PAPER, label=role)
+        axes.set_title(FIGURES[which])
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=STEPS))
+        axes.legend(labelcolor=INK)
+    for axes in panels[len(figures) :]:
+        axes.set_axis_off()
+    caption = "Unlearning should bring the text to forget down to the control text, and leave that one where it is."
+    return Plot(name, title, caption, inline(figure, name))
 
 
 def _scatter(axes: Any, points: pd.DataFrame, logarithmic: bool) -> None:

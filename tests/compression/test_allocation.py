@@ -181,8 +181,8 @@ def test_a_share_gives_its_number_back(weights: int, data: st.DataObject) -> Non
 def project(tmp_path: Path, imported: Make, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     """A project with a tiny llama, its sensitivity table and input norms, and a text that is not looked at."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(imported("llama"), "data/model")
-    model = Checkpoint(Path("data/model"))
+    shutil.copytree(imported("llama"), "data/taught")
+    model = Checkpoint(Path("data/taught"))
     for folder in ("sensitivity", "calibration", "corpora"):
         Path("data", folder).mkdir()
     draw = torch.Generator().manual_seed(0)

@@ -457,6 +457,22 @@ def test_the_way_to_split_text_is_named(pre: Any, name: str, dense: Export, tmp_
     assert fields(tmp_path)["tokenizer.ggml.pre"] == name
 
 
+def test_the_way_to_split_text_comes_through_an_import(dense: Export, tmp_path: Path) -> None:
+    """Out of one GGUF file and into the next, though transformers makes GPT-2's way of SmolLM's."""
+    checkpoint = edited(dense, tmp_path / "in", {})
+    own = byte_level()
+    own.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+    )
+    own.save_pretrained(checkpoint.folder)
+    gguf.write(checkpoint, tmp_path / "first")
+    import_model(tmp_path / "first" / gguf.FILE, tmp_path / "again", "bfloat16", {})
+    gguf.write(Checkpoint(tmp_path / "again"), tmp_path / "second")
+    told = fields(tmp_path / "second")
+    assert told["tokenizer.ggml.pre"] == "smollm"
+    assert told["tokenizer.ggml.tokens"] == fields(tmp_path / "first")["tokenizer.ggml.tokens"]
+
+
 @pytest.mark.parametrize("pre", [pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(True), split(r"\w+")])
 def test_any_other_way_is_refused(pre: Any, dense: Export, tmp_path: Path) -> None:
     checkpoint = edited(dense, tmp_path / "in", {})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 
 from compression.core.checkpoint import Checkpoint
 from compression.core.errors import Problem
-from compression.quantization.grid import fit_grid
+from compression.importing import import_model
+from compression.quantization import knapsack
+from compression.quantization.fused import Group, fused_groups
+from compression.quantization.grid import GroupSize, fit_grid
 from compression.quantization.knapsack import least_choice
-from compression.quantization.packed import pack
+from compression.quantization.method import Settings
+from compression.quantization.packed import Layout, pack
 from compression.quantization.plan import (
-    Group,
     Plan,
     average_bits,
     block_groups,
@@ -26,7 +30,6 @@ from compression.quantization.plan import (
     by_share,
     cheapest_under,
     check_plan,
-    fused_groups,
     group_sizes,
     head_tail,
     layer_size,
@@ -34,6 +37,7 @@ from compression.quantization.plan import (
     total_size,
     uniform,
 )
+from tests.compression.helpers import all_tensors, quantize
 from tests.conftest import Make
 from tests.reference import plan as reference
 
@@ -143,28 +147,47 @@ def test_no_rule_tears_a_group_or_forgets_a_layer(rule: str) -> None:
 # Sizes.
 
 
+@pytest.mark.parametrize(
+    ("layout", "group_size", "symmetric", "bits"),
+    [
+        ("packed", 16, True, None),
+        ("packed", 16, False, 3),
+        ("packed", "row", True, None),
+        ("packed", "row", False, 5),
+        ("packed", "tensor", False, None),
+        ("loose", 16, False, None),
+    ],
+)
+def test_stored_size_is_that_of_a_packed_checkpoint(
+    layout: Layout, group_size: GroupSize, symmetric: bool, bits: int | None, original: Make, tmp_path: Path
+) -> None:
+    """Layer by layer, every tensor that stands for it; 4 and 8 bits mixed, or `bits` everywhere."""
+    import_model(original("llama"), tmp_path / "half", "bfloat16", {})
+    source = Checkpoint(tmp_path / "half")
+    packed = quantize(source, tmp_path / "packed", settings=Settings(group_size, symmetric), bits=bits)
+    sizes = stored_bits(all_tensors(packed))
+    for layer, shape in source.layers.items():
+        width = packed.manifest["quantization"]["bits"][layer]
+        assert layer_size(shape, width, group_size, symmetric, layout) == sizes[layer]
+        assert layer_size(shape, 16, group_size, symmetric, layout) == stored_bits(all_tensors(source))[layer]
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", [(3, 32), (5, 48), (1, 16), (33, 64)])
-def test_stored_size_is_counted_word_by_word(shape: tuple[int, int], symmetric: bool) -> None:
-    for bits in (2, 3, 4, 5, 8):
-        assert layer_size(shape, bits, 16, symmetric) == reference.stored_bits(shape, bits, 16, symmetric)
-    rows, width = shape
-    assert layer_size(shape, 16, 16, symmetric) == 16 * rows * width
-
-
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_stored_size_is_that_of_the_packed_tensors(bits: int) -> None:
+@pytest.mark.parametrize("group_size", [16, "row", "tensor"])
+def test_stored_size_of_an_embedding_in_bytes(group_size: GroupSize, symmetric: bool) -> None:
     weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
-    grid = fit_grid(weight, bits, 16)
-    tensors = pack("a", grid.codes(weight), grid)
-    stored = sum(t.numel() * t.element_size() * 8 for name, t in tensors.items() if not name.endswith("shape"))
-    assert layer_size((6, 48), bits, 16, symmetric=True) == stored
+    grid = fit_grid(weight, 8, group_size, symmetric)
+    stored = stored_bits(pack("embed", grid.codes(weight), grid, "bytes"))
+    assert layer_size((6, 48), 8, group_size, symmetric, "bytes") == stored["embed"]
 
 
-def test_scales_of_rows_and_of_a_whole_matrix() -> None:
-    assert layer_size((8, 64), 4, "row", symmetric=True) == 8 * 64 * 4 + 8 * 16
-    assert layer_size((8, 64), 4, "tensor", symmetric=True) == 8 * 64 * 4 + 16
-    assert layer_size((8, 64), 4, "row", symmetric=False) == 8 * 64 * 4 + 8 * 16 + 32
+def stored_bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """By module, all its tensors."""
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        module = name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + 8 * tensor.nbytes
+    return sizes
 
 
 def test_average_is_weighted_by_size() -> None:
@@ -338,9 +361,45 @@ def test_a_model_of_two_hundred_groups_is_solved_to_its_proven_optimum() -> None
         ]
         table = np.min(options, axis=0)
     scale = 110592 / 3 + 1 / 3  # what the sizes are in bits does not matter
-    chosen = least_choice(values.tolist(), (weights * scale).tolist(), limit * scale)
+    found = least_choice(values.tolist(), (weights * scale).tolist(), limit * scale)
+    chosen = found.places
+    assert found.gap == 0
     assert sum(weights[place, own] for place, own in enumerate(chosen)) <= limit
     assert sum(values[place, own] for place, own in enumerate(chosen)) == pytest.approx(table.min(), abs=1e-12)
+
+
+@given(problems())
+@settings(deadline=None, max_examples=100)
+def test_a_front_cut_short_tells_how_far_off_its_plan_may_be(problem: tuple) -> None:
+    """With room for one partial choice only: the plan keeps to the budget, and the best one is within the gap."""
+    costs, sizes, part = problem
+    low = sum(min(own.values()) for own in sizes.values())
+    high = sum(max(own.values()) for own in sizes.values())
+    budget = low + int(part * (high - low))
+    gaps: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "FRONT", 1)
+        plan = by_budget(costs, sizes, budget, tell=gaps.append)
+    best = reference.least(costs, sizes, budget)
+    assert best is not None
+    assert total_size(plan, sizes) <= budget
+    assert reference.total(costs, plan) <= best[0] + sum(gaps) + 1e-9
+
+
+def test_what_has_no_short_front_is_solved_all_the_same() -> None:
+    """Values and weights that all differ and go together: the hardest there are. A few thousandths are not far off."""
+    draw = np.random.default_rng(0)
+    weights = np.cumsum(draw.uniform(1, 2, size=(120, 4)), axis=1)
+    values = -weights + 1e-4 * draw.normal(size=weights.shape)
+    limit = float(weights.sum(0)[1:3].mean())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "FRONT", 500)
+        found = least_choice(values.tolist(), weights.tolist(), limit)
+    spent = [weights[item, place] for item, place in enumerate(found.places)]
+    assert sum(spent) <= limit + 1e-9
+    worth = sum(values[item, place] for item, place in enumerate(found.places))
+    assert worth < -limit + 0.01  # what is worth its weight, and hardly more, cannot be worth much more than the limit
+    assert 0 < found.gap < 0.01
 
 
 def test_what_cannot_be_reached_is_refused_with_the_least_that_can() -> None:

@@ -116,11 +116,6 @@ def test_tdmpq_in_bfloat16(imported: Make, tmp_path: Path, ids: Tensor) -> None:
     assert sum(rough.values()) == pytest.approx(whole, rel=0.05)
 
 
-def test_an_encoder_has_no_gradient_to_take(imported: Make, tmp_path: Path, ids: Tensor) -> None:
-    with pytest.raises(Problem, match=r"sensitivity.method: `tdmpq` takes the gradient(.|\n)*valid: pmpq"):
-        measure(tdmpq, imported("bert"), tmp_path, ids, SETTINGS)
-
-
 @pytest.mark.parametrize("method", [tdmpq, measured])
 def test_groups_that_do_not_divide_are_told(method: ModuleType, imported: Make, tmp_path: Path, ids: Tensor) -> None:
     with pytest.raises(Problem, match=r"sensitivity.group_size: 24 does not divide the 32 inputs"):

@@ -122,6 +122,7 @@ def test_target_runs_what_it_needs_and_no_more(workspace: Workspace) -> None:
         (["--target", "lift"], "no stage is called `lift`; did you mean `left`?"),
         (["--set", "left.vlaue=2"], "params.yaml has no key `left.vlaue`; did you mean `left.value`?"),
         (["--set", "left.value"], "--set takes key=value"),
+        (["--params", "gone.yaml"], "gone.yaml: "),
         (["--set", "left;rm=2"], "--set takes key=value"),
         (["--set", "left.value=100"], "`left.value` is 100: it has to be below 100"),
     ],
@@ -143,9 +144,10 @@ def test_bad_params_fail_before_anything_runs(workspace: Workspace) -> None:
     assert workspace.times() == {}
 
 
-def test_set_runs_an_experiment_and_leaves_params_alone(workspace: Workspace) -> None:
+def test_an_experiment_leaves_params_alone(workspace: Workspace) -> None:
     before = (workspace.root / "params.yaml").read_bytes()
-    ended = workspace.flow("--set", "left.value=7", "--set", "right.pattern='2:4, a [b]'")
+    workspace.write(".work/mine.yaml", "left: {value: 7}\nright: {pattern: unknown}\n")
+    ended = workspace.flow("--params", ".work/mine.yaml", "--set", "right.pattern='2:4, a [b]'")
     assert ended.code == 0, ended
     assert (workspace.root / "params.yaml").read_bytes() == before
     assert (workspace.root / "data/left.txt").read_text() == "left 1\nsource 1\n"

@@ -11,6 +11,8 @@ from dvc.utils.hydra import apply_overrides
 
 from flows import overrides
 from flows.errors import Problem
+from tasks.check import problems
+from tests.imports import ROOT
 
 PARAMS = """\
 prune: {sparsity: 0.5, pattern: unstructured, deep: {tokens: [0, 8]}}
@@ -68,6 +70,58 @@ def test_what_cannot_be_set_is_told(pair: str, message: str) -> None:
     params = yaml.safe_load(PARAMS)
     with pytest.raises(Problem, match=re.escape(message)):
         overrides.arguments(overrides.parse([pair], params))
+
+
+def test_a_file_is_laid_over_key_by_key(tmp_path: Path) -> None:
+    params, file = tmp_path / "params.yaml", tmp_path / "mine.yaml"
+    params.write_text(PARAMS + "imp: {cycles: {}, deep: 1}\ncorpora: {forget: {format: pairs, rows: [0, 8]}}\n")
+    file.write_text(
+        "prune: {pattern: 2:4, deep: {tokens: [8, null]}}\n"
+        "imp: {cycles: {first: {source: data/taught, sparsity: 0.2}}}\n"
+        "corpora: {forget: {format: text, tokens: [0, 8]}}\n"
+    )
+    document, values = overrides.read(params, file, ["prune.sparsity=0.6", "prune.pattern=1:4"])
+    changed = overrides.replaced(document, values)
+    assert changed == {
+        "prune": {"sparsity": 0.6, "pattern": "1:4", "deep": {"tokens": [8, None]}},
+        "retrain": document["retrain"],
+        "imp": {"cycles": {"first": {"source": "data/taught", "sparsity": 0.2}}, "deep": 1},
+        "corpora": {"forget": {"format": "text", "tokens": [0, 8]}},  # its keys hang on its format
+    }
+    apply_overrides(params, overrides.arguments(values)[1::2])
+    assert overrides.load(params) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune: {sparcity: 1}", "mine.yaml: params.yaml has no key `prune.sparcity`; did you mean `prune.sparsity`?"),
+        ("prone: {sparsity: 0.6}", "mine.yaml: params.yaml has no key `prone`; did you mean `prune`?"),
+        ("prune: 0.6", "mine.yaml: `prune` is a section of params.yaml, not one value"),
+        ("prune: {deep: null}", "mine.yaml: `prune.deep` is a section"),
+        ("- prune", "mine.yaml: not a mapping of sections"),
+        ("prune: [", "mine.yaml: "),
+    ],
+)
+def test_what_a_file_cannot_change_is_told(tmp_path: Path, text: str, message: str) -> None:
+    params, file = tmp_path / "params.yaml", tmp_path / "mine.yaml"
+    params.write_text(PARAMS)
+    file.write_text(text)
+    with pytest.raises(Problem, match=re.escape(message)):
+        overrides.read(params, file, [])
+    with pytest.raises(Problem, match=r"other\.yaml"):
+        overrides.read(params, tmp_path / "other.yaml", [])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_experiments_that_come_along_are_sound(tmp_path: Path, file: Path) -> None:
+    document, values = overrides.read(ROOT / "params.yaml", file, [])
+    changed = overrides.replaced(document, values)
+    assert [str(problem) for problem in problems(changed, {})] == []
+    copy = tmp_path / "params.yaml"
+    copy.write_bytes((ROOT / "params.yaml").read_bytes())
+    apply_overrides(copy, overrides.arguments(values)[1::2])
+    assert overrides.load(copy) == changed
 
 
 def test_no_shell_is_between_a_value_and_dvc(tmp_path: Path) -> None:

@@ -53,26 +53,3 @@ def percentile(scores: Mapping[Group, float], shares: Mapping[int, float]) -> di
                 plan[group] = bits
                 break
     return plan
-
-
-def stored_bits(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> int:
-    """Word by word: codes along a row, one 16-bit scale a group, zero points along a column of groups."""
-    rows, width = shape
-    count = 0
-    for _ in range(rows):
-        count += 32 * words(width, bits)
-        count += 16 * (width // group_size)
-    if not symmetric:
-        for _ in range(width // group_size):
-            count += 32 * words(rows, bits)
-    return count
-
-
-def words(numbers: int, bits: int) -> int:
-    """How many 32-bit words it takes to write numbers one after the other."""
-    needed, free = 0, 0
-    for _ in range(numbers * bits):
-        if not free:
-            needed, free = needed + 1, 32
-        free -= 1
-    return needed

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tests.reference.quantization import rtn
 
+KIN = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate", "up_proj": "gate"}
+
 
 def parts(model: nn.Module, blocks: str, per: str) -> Iterator[tuple[str, list[str]]]:
     """Every part by full name, and its linears."""
@@ -18,14 +20,21 @@ def parts(model: nn.Module, blocks: str, per: str) -> Iterator[tuple[str, list[s
         layers = [
             name for name, module in model.named_modules() if name.startswith(f"{block}.") and type(module) is nn.Linear
         ]
-        yield from [(block, layers)] if per == "block" else [(layer, [layer]) for layer in layers]
+        if per == "block":
+            yield block, layers
+            continue
+        groups: dict[str, list[str]] = {}
+        for layer in layers:
+            kind = KIN.get(layer.rpartition(".")[2], layer) if per == "group" else layer
+            groups.setdefault(kind, []).append(layer)
+        yield from ((" ".join(group), group) for group in groups.values())
 
 
 def pmpq(model: nn.Module, blocks: str, ids: Tensor, sparsity: float, causal: bool, per: str) -> dict[str, float]:
     """Rise of the loss, or relative change of an encoder's output, by layer."""
 
     def prune(pruned: nn.Module, part: str, _: list[str]) -> None:
-        for tensor in pruned.get_submodule(part).parameters():
+        for tensor in [own for name in part.split() for own in pruned.get_submodule(name).parameters()]:
             entries = tensor.flatten().tolist()
             smallest = sorted(range(len(entries)), key=lambda place: abs(entries[place]))
             for place in smallest[: round(sparsity * len(entries))]:
@@ -46,6 +55,16 @@ def measured(
             weight.copy_(rtn(weight, bits, group_size)[2])
 
     return _one_by_one(model, blocks, ids, causal, per, quantize)
+
+
+def changed(model: nn.Module, blocks: str, ids: Tensor, tries: dict[str, Tensor], per: str) -> dict[str, float]:
+    """Rise of the loss when a part's weights alone are replaced, by layer."""
+
+    def replace(changed: nn.Module, _: str, layers: list[str]) -> None:
+        for layer in layers:
+            changed.get_parameter(f"{layer}.weight").copy_(tries[layer])
+
+    return _one_by_one(model, blocks, ids, True, per, replace)
 
 
 @torch.no_grad()
@@ -89,6 +108,31 @@ def tdmpq(model: nn.Module, blocks: str, ids: Tensor, bits: int, group_size: int
     return costs
 
 
+def tdmpq_of_outputs(model: nn.Module, blocks: str, ids: Tensor, tries: dict[str, Tensor]) -> dict[str, float]:
+    """<g, dW> + 1/2 mean over tokens of <d_t, dW x_t>^2 by layer, in float64, token by token."""
+    names = [layer for _, layers in parts(model, blocks, "block") for layer in layers]
+    model = copy.deepcopy(model).double()
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(layer: str) -> Callable[..., None]:
+        return lambda _module, inputs, output: seen.update({layer: (inputs[0].detach(), output)})
+
+    for layer in names:
+        model.get_submodule(layer).register_forward_hook(watch(layer))
+    costs = dict.fromkeys(names, 0.0)
+    tokens = ids.shape[1] - 1
+    for sequence in ids.split(1):
+        loss = tokens * _loss(model(input_ids=sequence).logits, sequence)
+        gradients = torch.autograd.grad(loss, [seen[layer][1] for layer in names])
+        for layer, gradient in zip(names, gradients, strict=True):
+            moved = tries[layer].double() - model.get_parameter(f"{layer}.weight").detach()
+            inputs = seen[layer][0].reshape(-1, moved.shape[1])
+            for x, d in zip(inputs, gradient.reshape(-1, len(moved)), strict=True):
+                change = float(d @ (moved @ x))
+                costs[layer] += (change + change**2 / 2) / (len(ids) * tokens)
+    return costs
+
+
 def cmpq(
     model: nn.Module, blocks: str, ids: Tensor, per: str, alike: Callable[[np.ndarray, np.ndarray], float]
 ) -> dict[str, float]:
@@ -104,12 +148,14 @@ def cmpq(
             lambda _, args, kwargs: found.update(entering=token_mean(args[0] if args else kwargs["hidden_states"])),
             with_kwargs=True,
         )
-    for part, _ in owners:
-        model.get_submodule(part).register_forward_hook(
-            lambda _m, _i, out, part=part: found.update({part: token_mean(out if type(out) is Tensor else out[0])})
+    outlets = [name for part, _ in owners for name in part.split()]
+    for name in outlets:
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: found.update({name: token_mean(out if type(out) is Tensor else out[0])})
         )
     with torch.no_grad():
         model(input_ids=ids)
+    found |= {part: np.hstack([found.pop(name) for name in part.split()]) for part, _ in owners}
     scores = {}
     for part, layers in owners:
         similar = [alike(found[part], other) for name, other in found.items() if name != part]

@@ -21,7 +21,7 @@ from tests.conftest import Make
 from tests.imports import ROOT
 
 CYCLES = {
-    "first": {"source": "data/model", "sparsity": 0.4},
+    "first": {"source": "data/taught", "sparsity": 0.4},
     "second": {"source": "data/imp/first", "sparsity": 0.5},
 }
 RETRAIN = {"rank": 4, "alpha": 8, "steps": 14, "length": tiny.LENGTH, "learning_rate": 5e-3}
@@ -33,7 +33,7 @@ def params(tmp_path: Path, imported: Make, monkeypatch: pytest.MonkeyPatch) -> d
     for switch in ("set_num_threads", "use_deterministic_algorithms"):  # they would outlive the test
         monkeypatch.setattr(torch, switch, lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(imported("llama"), "data/model")
+    shutil.copytree(imported("llama"), "data/taught")
     Path("data/corpora").mkdir()
     for role in ("training", "calibration"):
         write_tensors(
@@ -62,7 +62,7 @@ def content(folder: str) -> dict[str, bytes]:
 
 
 def test_masks_only_grow_and_the_weights_learn(params: dict[str, Any]) -> None:
-    before, so_far = read("data/model")
+    before, so_far = read("data/taught")
     for name, cycle in CYCLES.items():
         imp.main(name)
         after, keep = read(f"data/imp/{name}")
@@ -123,7 +123,7 @@ def test_killed_while_it_retrains_and_resumed_gives_the_same_bytes(
     imp.main("second")
     assert content("data/imp/second") == straight
     assert len(steps) == 13 + 4 + 2  # it went on at step 10
-    assert len(pruned) == len(Checkpoint(Path("data/model")).layers)  # and pruned once only
+    assert len(pruned) == len(Checkpoint(Path("data/taught")).layers)  # and pruned once only
 
 
 def test_a_cycle_does_not_depend_on_the_others(params: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_without_retraining_a_cycle_only_prunes(params: dict[str, Any]) -> None:
     params["imp"]["retrain"]["method"] = "none"
     write(params)
     imp.main("first")
-    before, _ = read("data/model")
+    before, _ = read("data/taught")
     after, keep = read("data/imp/first")
     assert all(torch.equal(after[layer], before[layer] * mask) for layer, mask in keep.items())
 

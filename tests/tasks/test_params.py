@@ -133,7 +133,7 @@ def test_stages_that_contradict_each_other_are_told(document: dict[str, Any]) ->
 
 
 CYCLES = {
-    "first": {"source": "data/model", "sparsity": 0.2},
+    "first": {"source": "data/taught", "sparsity": 0.2},
     "second": {"source": "data/imp/first", "sparsity": 0.4},
 }
 FINISH = {"source": "data/imp/second", "method": "magnitude"}
@@ -152,18 +152,18 @@ def test_cycles_that_grow_are_sound(document: dict[str, Any], finish: dict[str, 
     ("cycles", "finish", "told"),
     [
         (CYCLES | {"third": {"source": "data/imp/forth", "sparsity": 0.5}}, {}, [
-            "imp.cycles.third.source", "`data/imp/forth`", "valid: data/model, data/imp/first, data/imp/second",
+            "imp.cycles.third.source", "`data/imp/forth`", "valid: data/taught, data/imp/first, data/imp/second",
         ]),
-        (dict(reversed(CYCLES.items())), {}, ["imp.cycles.second.source", "`data/imp/first`", "valid: data/model"]),
+        (dict(reversed(CYCLES.items())), {}, ["imp.cycles.second.source", "`data/imp/first`", "valid: data/taught"]),
         (CYCLES | {"third": {"source": "data/imp/second", "sparsity": 0.4}}, {}, [
             "imp.cycles.third.sparsity", "0.4 is not above the 0.4 of data/imp/second", "valid: above 0.4",
         ]),
         ({"First!": CYCLES["first"]}, {}, ["imp.cycles.First!"]),
-        ({"first": {"source": "data/model", "sparsety": 0.2}}, {}, [
+        ({"first": {"source": "data/taught", "sparsety": 0.2}}, {}, [
             "unknown key `imp.cycles.first.sparsety`; did you mean `sparsity`?",
         ]),
         (CYCLES, {"source": "data/imp/third"}, ["prune.source", "`data/imp/third`", "data/imp/first, data/imp/second"]),
-        ({}, {"source": "data/retrained"}, ["prune.source", "`data/retrained`", "valid: data/model"]),
+        ({}, {"source": "data/retrained"}, ["prune.source", "`data/retrained`", "valid: data/taught"]),
         (CYCLES, FINISH | {"sparsity": 0.3}, ["prune.sparsity", "0.3 is below the 0.4 of data/imp/second", "from 0.4"]),
         (CYCLES, FINISH | {"method": "wanda"}, ["prune.method", "`wanda`", "valid: magnitude, none"]),
         (CYCLES, FINISH | {"pattern": "2:4"}, ["prune.pattern", "`2:4`", "valid: unstructured"]),
@@ -336,7 +336,7 @@ def test_bounds_are_not_looked_at_where_nothing_is_pruned(document: dict[str, An
 
 
 def test_a_cycle_is_gone_on_with_evenly(document: dict[str, Any]) -> None:
-    document["imp"]["cycles"] = {"first": {"source": "data/model", "sparsity": 0.3}}
+    document["imp"]["cycles"] = {"first": {"source": "data/taught", "sparsity": 0.3}}
     document["prune"] |= {"source": "data/imp/first", "method": "magnitude"}
     assert faults(document, WIDTHS) == []
     document["allocate"] |= {"rule": "owl", "low": 0.1, "dense": ["*.up_proj"], "high": 0.99}
@@ -377,7 +377,7 @@ def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -
         ({"held_out": 500}, ["retrain.length", "tokens are needed of corpora.training"]),
         ({"targets": ["*.up_proj", "*.query"]}, ["retrain.targets", "`*.query` matches no layer", "up_proj"]),
         ({"method": "lora"}, ["quantize.method", "`gptq` would change the weights under the adapter"]),
-        ({"method": "lora"}, ["unlearn.method", "`gradient_ascent`", "valid: none"]),
+        ({"method": "lora"}, ["unlearn.method", "`grad_diff`", "valid: none"]),
         ({"processes": 2, "accumulation": 3}, ["retrain.processes", "2 processes cannot share 3 batches"]),
         ({"processes": 2, "accumulation": 2, "objective": "block"}, ["retrain.processes", "valid: 1"]),
         ({"method": "lora", "objective": "block"}, ["retrain.objective", "`block` merges each block"]),
@@ -390,6 +390,59 @@ def test_retraining_that_cannot_be_is_told(document: dict[str, Any], changes: di
     assert any(all(part in fault for part in told) for fault in found), found
 
 
+UNLEARN = ("params.yaml: unlearn", "params.yaml: `unlearn")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"method": "npo"}, ["unlearn.beta: npo reads it, but it is null", "the paper has 0.1"]),
+        ({"method": "simnpo", "beta": 4.5}, ["unlearn.delta: simnpo reads it", "the paper has 0.0"]),
+        ({"method": "rmu", "steering": 20.0}, ["unlearn.block: rmu reads it, but it is null", "the paper has 7"]),
+        ({"method": "rmu", "block": 1, "steering": 2.0}, ["unlearn.block: there is no block 1", "valid: 0 to 0"]),
+        ({"method": "dpo", "beta": 0.1, "refusals": []}, ["unlearn.refusals: dpo reads it, but it is []", "know"]),
+        ({"targets": ["*.up_proj", "*.query"]}, ["unlearn.targets", "`*.query` matches no layer", "up_proj"]),
+        ({"prompt": 256}, ["unlearn.prompt: a prompt of 256 tokens", "of 256 leaves no answer", "valid: 1 to 255"]),
+        ({"forget_ceiling": "reference"}, ["unlearn.forget_ceiling: `reference`", "teach.method is `none`"]),
+        ({"forget_ceiling": "referense"}, ["unlearn.forget_ceiling", "'referense'", "'reference'"]),
+        ({"forget_ceiling": 0.0}, ["unlearn.forget_ceiling", "greater than 0"]),
+        ({"retain_ceiling": -0.1}, ["unlearn.retain_ceiling", "greater than 0"]),
+        ({"held_out": 0}, ["unlearn.held_out", "greater than 0"]),
+        ({"held_out": 300}, ["unlearn.length", "77,056 tokens are needed of corpora.training"]),
+        ({"method": "nop"}, ["unlearn.method", "'nop'", "'npo'"]),
+    ],
+)
+def test_unlearning_that_cannot_be_is_told(document: dict[str, Any], changes: dict[str, Any], told: list[str]) -> None:
+    document["unlearn"] |= changes
+    found = "\n".join(faults(document, WIDTHS))
+    for part in told:
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "gradient_ascent", "forget_ceiling": None},
+        {"method": "llmu", "retain_ceiling": 0.05, "kl_ceiling": 0.1, "seconds": 240.0},
+        {"method": "npo", "beta": 0.1},
+        {"method": "simnpo", "beta": 4.5, "delta": 0.0},
+        {"method": "dpo", "beta": 0.1},
+        {"method": "rmu", "block": 0, "steering": 6.5, "targets": ["*.down_proj"]},
+        {"method": "undial", "beta": 10.0, "prompt": 32},
+        {"method": "none", "prompt": 1000, "targets": ["nothing"]},
+    ],
+)
+def test_every_objective_can_be_asked_for(document: dict[str, Any], changes: dict[str, Any]) -> None:
+    document["unlearn"] |= changes
+    assert not any(fault.startswith(UNLEARN) for fault in faults(document, WIDTHS))
+
+
+def test_a_taught_model_is_unlearned_as_far_as_one_that_never_was(document: dict[str, Any]) -> None:
+    document["teach"]["method"] = "lora"
+    document["unlearn"]["forget_ceiling"] = "reference"
+    assert not any(fault.startswith(UNLEARN) for fault in faults(document, WIDTHS))
+
+
 def test_a_cycle_cannot_leave_an_adapter_apart(document: dict[str, Any]) -> None:
     document["imp"]["retrain"]["method"] = "lora"
     assert faults(document) == []
@@ -400,7 +453,7 @@ def test_a_cycle_cannot_leave_an_adapter_apart(document: dict[str, Any]) -> None
 def test_examples_in_the_docs_are_sound(document: dict[str, Any]) -> None:
     text = (ROOT / "docs/parameters.md").read_text(encoding="utf-8")
     examples = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         changed = {name: values | example.get(name, {}) for name, values in document.items()}
         assert faults(changed) == []

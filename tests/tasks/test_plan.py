@@ -3,14 +3,17 @@
 from math import log
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from compression.core.errors import Problem
-from compression.quantization import plan
+from compression.quantization import knapsack, plan
+from tasks.check import plan_has_scores
 from tasks.params.base import load, read
 from tasks.params.quantize import Quantize
-from tasks.plan import bits_by_layer, group_costs
+from tasks.params.sensitivity import Sensitivity
+from tasks.plan import bits_by_layer, group_costs, layout_of
 from tests.imports import ROOT
 
 KINDS = {"self_attn.q_proj": 64, "self_attn.k_proj": 32, "mlp.gate_proj": 64, "mlp.up_proj": 64, "mlp.down_proj": 64}
@@ -97,3 +100,32 @@ def test_a_table_that_does_not_do_is_told(columns: dict[str, Any], changes: dict
     params = settings(**{"plan": "budget", "widths": [2, 4, 8]} | changes)
     with pytest.raises(Problem, match=told):
         bits_by_layer(params, table(**columns), LAYERS)
+
+
+def test_costs_around_rounded_layers_do_not_foretell_a_perplexity() -> None:
+    document = load(ROOT / "params.yaml")
+    measure = read(Sensitivity, {"sensitivity": document["sensitivity"] | {"method": "measured", "around": 4}})
+    (fault,) = plan_has_scores(settings(plan="ceiling", widths=[2, 4, 8]), measure, LAYERS)
+    assert "costs around a model of 4 bits do not say how far the loss rises" in str(fault)
+    assert not list(plan_has_scores(settings(plan="budget", widths=[2, 4, 8]), measure, LAYERS))
+
+
+def test_sizes_are_those_of_the_layout_that_the_plan_will_have() -> None:
+    assert layout_of(settings(widths=[2, 4], symmetric=True)) == "packed"
+    assert layout_of(settings(widths=[2, 4], symmetric=False)) == "loose"
+    assert layout_of(settings(widths=[4, 16], symmetric=False, embeddings=None)) == "packed"
+    assert layout_of(settings(widths=[4, 16], symmetric=False, embeddings=8)) == "loose"
+    assert layout_of(settings(widths=[2, 4], symmetric=False, group_size="tensor")) == "packed"
+
+
+def test_a_plan_that_may_not_be_the_best_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = settings(plan="budget", widths=[2, 4, 8], average_bits=3.7)
+    draw = np.random.default_rng(0)
+    odd = table(**{f"cost_{bits}": 4.0**-bits * draw.lognormal(size=len(LAYERS)) for bits in (2, 4, 8)})
+    bits_by_layer(params, odd, LAYERS)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(knapsack, "FRONT", 1)
+    bits_by_layer(params, odd, LAYERS)
+    assert "note: these bits are not proven to be the best; at most" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from compression import sensitivity
 from compression.core.errors import Problem
 from tasks.report import build_report
 from tasks.reporting import measures, page
+from tasks.reporting.figures import FORGETTING
 
 NAMES = ["dense", "pruned", "retrained", "quantized", "unlearned"]
 FOLDERS = ["model", "pruned", "retrained", "quantized", "unlearned"]
@@ -45,9 +46,40 @@ def evaluation(place: int) -> dict[str, Any]:
             "control_loss": [1.95, 2.9, 2.2, 2.25, 2.5][place],
             "tokens": 4096,
         },
-        "retain": {"loss": [3.2, 4.0, 3.5, 3.55, 3.6][place], "tokens": 4096},
+        "retain": {
+            "loss": [3.2, 4.0, 3.5, 3.55, 3.6][place],
+            "divergence": [0.0, 0.8, 0.3, 0.35, 0.4][place],
+            "tokens": 4096,
+        },
+        "memorisation": {
+            "forget": known([0.6, 0.5, 0.55, 0.5, 0.25][place]),
+            "control": known([0.3, 0.25, 0.3, 0.28, 0.27][place]),
+            "retained": known(0.2),
+        },
+        "membership": {"loss": 0.5, "min_k_20": [0.6, 0.6, 0.6, 0.7, 0.2][place]},
+        "answers": {
+            "forget": answers([0.7, 0.5, 0.6, 0.6, 0.1][place], 0.0),
+            "control": answers(0.2, 0.0),
+            "retained": answers(0.1, [0.0, 0.25, 0.0, 0.0, 0.0][place]),
+        },
         "layer_sparsity": dict.fromkeys(LAYERS, 0.5) if sparse else {},
     }
+
+
+def known(exact: float) -> dict[str, float]:
+    """What is known of a text of which so much is known exactly."""
+    return {
+        "loss": 2.0,
+        "probability": exact / 4,
+        "exact_memorisation": exact,
+        "extraction_strength": exact / 2,
+    }
+
+
+def answers(recall: float, gibberish: float) -> dict[str, Any]:
+    """Eight answers."""
+    figures = dict.fromkeys(["rouge_l_f1", "distinct_1", "distinct_2", "distinct_3", "empty", "refused"], 0.0)
+    return figures | {"prompts": 8, "rouge_l_recall": recall, "gibberish": gibberish, "answered": 1 - gibberish}
 
 
 KERNELS = {
@@ -124,6 +156,7 @@ def root(tmp_path: Path) -> Path:
         write(data / "evaluation" / f"{name}.json", evaluation(place))
         write(data / "speed" / f"{name}.json", speed(place))
         write(data / folder / "manifest.json", MANIFESTS[place])
+    write(data / "taught" / "manifest.json", ORIGIN | {"stage": "teach", "parameters": {"method": "none"}})
     rows = [
         [layer, block, parameters, 0.01 * (block + 1), 0.002 if parameters == 300 else 0.006]
         for block in range(BLOCKS)
@@ -169,12 +202,16 @@ class Page(HTMLParser):
 
 
 def figures_rows(html: str) -> dict[str, list[str]]:
-    body = html.split('<table class="figures"')[1].split("<tbody>")[1].split("</tbody>")[0]
-    rows = {}
-    for row in re.findall(r"<tr>(.*?)</tr>", body, flags=re.S):
-        name = re.search(r'<th scope="row">(.*?)</th>', row)
-        assert name
-        rows[name[1]] = [re.sub(r"<[^>]+>", " ", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+    return dict(cells_of(html.split('<table class="figures"')[1].split("<tbody>")[1].split("</tbody>")[0]))
+
+
+def cells_of(body: str) -> list[tuple[str, list[str]]]:
+    """Head and cells of every row that has a head of its own."""
+    rows = []
+    for row in re.findall(r"<tr>(.*?)</tr>", body.split("</table>")[0], flags=re.S):
+        if name := re.search(r'<th scope="row">(.*?)</th>', row):
+            cells = [re.sub(r"<[^>]+>", " ", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+            rows.append((name[1], [cell.replace("\u00a0", " ") for cell in cells]))
     return rows
 
 
@@ -185,6 +222,7 @@ def test_the_folder_holds_what_dvc_is_told(root: Path) -> None:
         "README.md",
         "index.html",
         "metrics.json",
+        "plots/forgetting.csv",
         "plots/layer_sparsity.csv",
         "plots/losses.csv",
         "plots/perplexity_bytes.csv",
@@ -204,8 +242,10 @@ def test_metrics_are_nested_numbers(root: Path) -> None:
     )
     assert "kernels" not in metrics["dense"]
     assert metrics["unlearned"]["forget"] == {"loss": 4.02, "control_loss": 2.5, "tokens": 4096}
-    assert metrics["unlearned"]["retain"] == {"loss": 3.6, "tokens": 4096}
+    assert metrics["unlearned"]["retain"] == {"loss": 3.6, "divergence": 0.4, "tokens": 4096}
     assert metrics["quantized"]["bytes"] == 120_500_000
+    assert metrics["unlearned"]["memorisation"]["forget"]["exact_memorisation"] == 0.25
+    assert metrics["unlearned"]["answers"]["retained"]["answered"] == 1.0
 
     def numbers(tree: Any) -> None:
         for value in tree.values():
@@ -248,6 +288,31 @@ def test_every_cell_of_the_table_has_a_header(root: Path) -> None:
     assert sum(int(span) for span in re.findall(r'colspan="(\d+)"', head)) == columns - 1
 
 
+def test_forgetting_stands_beside_the_control_text(root: Path) -> None:
+    html = (report(root) / "index.html").read_text()
+    head, body = html.split('<table class="figures"')[2].split("</table>")[0].split("<tbody>")
+    rows = dict(cells_of(body))
+    assert list(rows) == NAMES
+    assert len(re.findall(r'scope="col"', head)) == 14 == len(rows["dense"]) + 1
+    assert sum(int(span) for span in re.findall(r'colspan="(\d+)"', head)) == 13
+    assert rows["unlearned"] == [
+        *("0.062", "0.068", "0.250", "0.270", "0.125", "0.135", "0.100", "0.200"),
+        *("0.20", "+100", "0.0 %", "100.0 %", "0.400"),
+    ]
+    assert rows["quantized"][9] == "−25"  # AUC .7 where the model that never saw it has .6
+    assert rows["pruned"][10:12] == ["8.3 %", "87.5 %"]
+
+
+def test_checkpoints_that_were_asked_nothing_say_nothing(root: Path) -> None:
+    for name in NAMES:
+        change(root, f"data/evaluation/{name}.json", answers={}, membership={"min_k_20": 1.0})
+    out = report(root)
+    rows = dict(cells_of((out / "index.html").read_text().split('<table class="figures"')[2]))
+    assert rows["unlearned"][6:8] == ["–", "–"]
+    assert rows["unlearned"][9:12] == ["–", "–", "–"]
+    assert set(pd.read_csv(out / "plots/forgetting.csv")["figure"]) == set(FORGETTING) - {"rouge_l_recall"}
+
+
 def test_the_page_stands_alone(root: Path) -> None:
     html = (report(root) / "index.html").read_text()
     page = Page(html)
@@ -266,7 +331,7 @@ def test_the_page_stands_alone(root: Path) -> None:
             assert one in ids
         reference = attributes.get("href") or ""
         assert not reference or reference[1:] in ids
-    assert names.count("svg") == 4
+    assert names.count("svg") == 5
 
 
 def test_plots_take_their_colours_from_the_page(root: Path) -> None:
@@ -310,6 +375,25 @@ def test_missing_numbers_are_dashes_never_nan(root: Path) -> None:
     assert rows["unlearned"][-3:] == ["–", "–", "–"]
     assert "perplexity" not in json.loads((out / "metrics.json").read_text())["retrained"]
     assert "retrained checkpoint on wiki and technical is not finite" in (out / "index.html").read_text()
+
+
+def test_what_was_taught_has_a_row_of_its_own(root: Path) -> None:
+    """Where nothing was, checkpoint `taught` is the dense one, and there is none."""
+    assert "taught" not in json.loads((report(root) / "metrics.json").read_text())
+    write(root / "data/evaluation/taught.json", evaluation(0) | {"checkpoint": "taught"})
+    write(root / "data/speed/taught.json", speed(0) | {"checkpoint": "taught"})
+    training = {
+        "losses": [2.2, 0.4],
+        "memorised": [0.488, 0.96, 0.955],
+        "stopped": "exact memorisation reached 0.95 at step 48",
+    }
+    change(root, "data/taught/manifest.json", parameters={"method": "lora"}, training=training)
+    out = report(root)
+    html = (out / "index.html").read_text()
+    assert list(json.loads((out / "metrics.json").read_text())) == ["dense", "taught", *NAMES[1:]]
+    assert list(figures_rows(html)) == ["dense", "taught", *NAMES[1:]]
+    assert "was taught a text by heart, pruned by Wanda" in Page(html).text
+    assert "48.8 % to 96.0 % of the tokens" in Page(html).text
 
 
 def test_hostile_strings_are_escaped(root: Path) -> None:
@@ -481,6 +565,11 @@ def test_revived_weights_are_shouted(root: Path) -> None:
             {"forget": {"loss": 4.0, "control_loss": 4.0, "tokens": 9}},
             "Forgetting spread",
         ),
+        (
+            "data/evaluation/unlearned.json",
+            {"answers": {"forget": answers(0.0, 1.0), "control": answers(0.2, 0.0)}},
+            "Unlearning cost the model its language: 50.0 % of its answers are gibberish, 0.0 % before it.",
+        ),
         ("data/evaluation/unlearned.json", {"perplexity": {"wiki": 50.0, "technical": 19.0}}, "twice the perplexity"),
         (
             "data/evaluation/retrained.json",
@@ -521,6 +610,7 @@ def test_notes_are_kept_back_where_it_does_not(root: Path) -> None:
         "timings are noise",
         "Unlearning cost",
         "spread",
+        "cost the model its language",
     ):
         assert sentence not in html
 
@@ -557,6 +647,17 @@ def test_plot_tables(root: Path) -> None:
     assert list(points.columns) == ["checkpoint", "text", "perplexity", "bytes"]
     assert len(points) == 10
     assert points.iloc[-1].tolist() == ["unlearned", "technical", 19.25, 120_500_000]
+
+    curve = pd.read_csv(folder / "forgetting.csv")
+    assert list(curve.columns) == ["checkpoint", "figure", "role", "value"]
+    assert len(curve) == 5 * 4 * 2
+    last = curve[(curve["checkpoint"] == "unlearned") & (curve["role"] == "forget")].set_index("figure")["value"]
+    assert last.to_dict() == {
+        "probability": 0.0625,
+        "exact_memorisation": 0.25,
+        "extraction_strength": 0.125,
+        "rouge_l_recall": 0.1,
+    }
 
     steps = pd.read_csv(folder / "losses.csv")
     assert list(steps.columns) == ["stage", "curve", "step", "loss"]

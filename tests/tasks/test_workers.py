@@ -38,9 +38,9 @@ CHANGES = {
 
 @pytest.fixture
 def workspace(tmp_path: Path, imported: Make) -> Path:
-    shutil.copytree(imported("llama"), tmp_path / "data/model")
+    shutil.copytree(imported("llama"), tmp_path / "data/taught")
     nothing = torch.empty(0, 0, dtype=torch.int64)  # magnitude looks at no text
-    prune(tmp_path / "data/model", tmp_path / "data/pruned", magnitude, Unstructured(0.6), nothing)
+    prune(tmp_path / "data/taught", tmp_path / "data/pruned", magnitude, Unstructured(0.6), nothing)
     text = tiny.encode(tiny.sentences(1, 60)).flatten()
     (tmp_path / "data/corpora").mkdir()
     write_tensors(tmp_path / "data/corpora/training.safetensors", {"tokens": text})

@@ -1,0 +1,136 @@
+"""When to stop, and which step to keep: looks at a part of the text to be forgotten and at text that is held out.
+
+A look holds where the retained text is spared: its loss has not risen, and the model has not moved from the one that it
+started as, beyond the ceilings. Kept is the look that holds with the highest loss on the text to be forgotten; all
+above `forget` count alike, since what is past a model that never saw the text is damage. Training stops at the first
+look that does not hold, and at the first that is up there.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compression.core.errors import Problem
+from compression.training.loop import Curves, Figures
+from compression.training.samples import Samples
+from compression.unlearning.draw import Learner
+from compression.unlearning.likelihood import divergences, token_losses
+
+COLLAPSED = math.log(2)  # a rise of the retained loss in nats, at which its perplexity has doubled
+LOOK = "look."  # before the names of a look's figures among the curves
+
+
+class Ceilings(NamedTuple):
+    """In nats a token; None: there is none.
+
+    Attributes:
+        forget: loss on the text to be forgotten at which it counts as forgotten.
+        retain: rise of the loss on held-out retained text.
+        kl: KL(p0 || p) there.
+    """
+
+    forget: float | None
+    retain: float | None
+    kl: float | None
+
+
+class Looks:
+    """A `compression.training.loop.Watcher`.
+
+    Args:
+        measure: gives the figures of `measured`.
+        start: the same, before training.
+        every: steps from look to look.
+    """
+
+    def __init__(self, measure: Callable[[], Figures], start: Figures, ceilings: Ceilings, every: int) -> None:
+        self.measure, self.start, self.ceilings, self.every = measure, start, ceilings, every
+
+    def look(self, curves: Curves) -> tuple[bool, str | None]:
+        """See `Watcher`."""
+        figures = self.measure()
+        for name, figure in figures.items():
+            curves.setdefault(f"{LOOK}{name}", []).append(figure)
+        return self.kept(curves) == len(curves[f"{LOOK}forget"]) - 1, self._reason(figures)
+
+    def kept(self, curves: Curves) -> int | None:
+        """Number of the look whose values are kept, counted from 0; None if none holds. The first of equals."""
+        looks = looked(curves)
+        holding = [number for number, figures in enumerate(looks) if self._broken(figures) is None]
+        return max(holding, key=lambda number: self._forgotten(looks[number]), default=None)
+
+    def refuse_collapsed(self, curves: Curves) -> int:
+        """Number of the look whose values are kept.
+
+        Raises:
+            Problem: no look holds, or the retained text has gone as well.
+        """
+        hint = "lower unlearn.learning_rate or forget_weight, raise retain_weight, or look more often (check_every)"
+        number = self.kept(curves)
+        if number is None:
+            broken = self._broken(looked(curves)[0])
+            raise Problem("params.yaml: unlearn", f"the model did not hold up to the first look: {broken}", hint)
+        rise = looked(curves)[number]["retain"] - self.start["retain"]
+        if rise > COLLAPSED:
+            raise Problem(
+                "params.yaml: unlearn",
+                f"the model collapsed: perplexity on held-out retained text is {math.exp(rise):.3g} times what it was",
+                f"{hint}; or set retain_ceiling, to keep a step before that",
+            )
+        return number
+
+    def _forgotten(self, figures: Figures) -> float:
+        return min(figures["forget"], math.inf if self.ceilings.forget is None else self.ceilings.forget)
+
+    def _broken(self, figures: Figures) -> str | None:
+        """Which ceiling a look is above, if any. What is not a number holds nowhere."""
+        rise = figures["retain"] - self.start["retain"]
+        for name, figure, ceiling in (
+            ("retained loss rose by", rise, self.ceilings.retain),
+            ("KL to the start rose to", figures["kl"], self.ceilings.kl),
+        ):
+            if not figure <= (math.inf if ceiling is None else ceiling):
+                return f"{name} {figure:.3g}, above {ceiling}"
+        return None
+
+    def _reason(self, figures: Figures) -> str | None:
+        if broken := self._broken(figures):
+            return broken
+        ceiling = self.ceilings.forget
+        return f"forget loss reached {ceiling:g}" if ceiling is not None and figures["forget"] >= ceiling else None
+
+
+def looked(curves: Curves) -> list[Figures]:
+    """The figures of every look."""
+    own = {name.removeprefix(LOOK): curve for name, curve in curves.items() if name.startswith(LOOK)}
+    return [dict(zip(own, figures, strict=True)) for figures in zip(*own.values(), strict=True)]
+
+
+def judged(forget: Samples, rows: int) -> Samples:
+    """The part of the text to be forgotten that looks see: its first rows, at most all of them."""
+    return forget.take(torch.arange(min(rows, len(forget.ids))))
+
+
+@torch.no_grad()
+def measured(learner: Learner, forget: Samples, retain: Samples, rows: int) -> Figures:
+    """forget and retain, mean losses a token; and kl, mean KL(p0 || p) a token of the retained answers; in nats.
+
+    Args:
+        rows: that go through the model together.
+    """
+    losses: dict[str, list[Tensor]] = {"forget": [], "retain": [], "kl": []}
+    for part in _parts(forget, rows):
+        (logits,) = learner.logits(part)
+        losses["forget"].append(token_losses(logits, part))
+    for part in _parts(retain, rows):
+        (logits,), (start,) = learner.logits(part), learner.start_logits(part)
+        losses["retain"].append(token_losses(logits, part))
+        losses["kl"].append(divergences(start, logits, part))
+    return {name: torch.cat(each).double().mean().item() for name, each in losses.items()}
+
+
+def _parts(samples: Samples, rows: int) -> list[Samples]:
+    return [samples.take(chosen) for chosen in torch.arange(len(samples.ids)).split(rows)]
