@@ -2,7 +2,7 @@
 
     make compress ARGS='--params experiments/copyright.yaml'                       # what is unlearned here
     python -m benchmarks.unlearning packed/grad_diff packed/npo+beta=0.1 first/grad_diff --seeds 0 1 2
-    python -m benchmarks.unlearning packed/grad_diff --attack --plot .work/unlearning/attacks.svg
+    python -m benchmarks.unlearning packed/grad_diff --attack relearn requantize --plot .work/unlearning/attacks.svg
 
 An arm is order/objective and settings of section `unlearn`, each behind a +. `packed`: on the quantised checkpoint,
 straight through its grid, as the pipeline does it; `first`: on the retrained one, in full precision, which is quantised
@@ -42,7 +42,7 @@ def run_arm(arm: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
         place = Path(scratch)
         document = TEXT.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         document["unlearn"] |= {"seed": seed} if order == "start" else {"method": method, "seed": seed} | settings
-        document["attack"] |= ATTACKS | {"seed": seed} if chosen.attack else {}
+        document["attack"] |= {kind: ATTACKS[kind] for kind in chosen.attack} | {"seed": seed}
         lay_out(place, document)
         found: dict[str, Any] = {"arm": arm, "seed": seed}
         if order == "start":
@@ -129,9 +129,9 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     """A panel an attack, a line an arm: exact memorisation of the text to forget against the attack's strength."""
     from matplotlib.figure import Figure
 
-    kinds = list(ATTACKS)
+    kinds = [kind for kind in ATTACKS if any(point["attack"] == kind for point in results[0]["attacks"])]
     figure = Figure(figsize=(4 * len(kinds), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         for one in results:
             own = [point for point in one["attacks"] if point["attack"] in ("none", kind)]
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="+", metavar="order/objective+setting")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--attack", action="store_true")
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=[])
     parser.add_argument("--scratch", type=Path, default=Path(".work/unlearning"))
     parser.add_argument("--out", type=Path, help="where all results go, as JSON")
     parser.add_argument("--plot", type=Path, help="where the curves of the attacks go")
