@@ -35,8 +35,9 @@ serve: $(READY)
 clean:
 	rm -rf .work
 
-# A virtual environment is ready only when the installation has gone through: `.ready` is written last.
-$(READY): $(LOCK)
+# A virtual environment is ready only when the installation has gone through: `.ready` is written last. Its name has the
+# hash of the lock file, whose time says nothing: in a fresh clone it is always the newest.
+$(READY): | $(LOCK)
 	rm -rf $(VENV)
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} will not do: pareline needs 3.11, 3.12 or 3.13 (make PYTHON=python3.12 ...)")'
 	$(PYTHON) -m venv $(VENV)
