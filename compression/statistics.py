@@ -8,7 +8,7 @@ from torch import Tensor
 from compression.core.errors import Problem
 
 ROWS = 256  # tokens at a time: the float32 copy stays in the processor's cache
-CHUNK = 2048  # tokens a product of `Gram`
+CHUNK = 1024  # tokens a product of `Gram`
 PANELS = 6  # strips of columns in which the upper half of a product is computed
 
 
