@@ -162,7 +162,7 @@ def _open_gguf(source: Path, template: Path, dtype: str) -> tuple[set[str], Read
         **options,
     )
     AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(template)
-    _keep_splitting(source, template / "tokenizer_config.json")
+    _mend_tokenizer(source, template)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(template)
     model.generation_config.save_pretrained(template)
@@ -170,13 +170,24 @@ def _open_gguf(source: Path, template: Path, dtype: str) -> tuple[set[str], Read
     return set(tensors), tensors.__getitem__
 
 
-def _keep_splitting(source: Path, config: Path) -> None:
-    """Notes under `gguf_pre` what the file calls the way in which text is split before merging.
+def _mend_tokenizer(source: Path, template: Path) -> None:
+    """Undoes what transformers makes of a GGUF file's tokenizer.
 
-    transformers does not know all of these ways and then splits like GPT-2, which for `smollm` differs where more than
-    one blank stands before a digit. A GGUF file that is made of the checkpoint has to say the name again.
+    It adds a token of its own, GPT-2's end of text, to a vocabulary without one, and no embedding stands behind it. And
+    it does not know every way in which text is split before merging: then it splits like GPT-2, which for `smollm`
+    differs where more than one blank stands before a digit. A GGUF file that is made of the checkpoint has to say the
+    way's name again, so it is noted under `gguf_pre`.
     """
-    _, tokenizer, _ = get_gguf_tokenizer(str(source))
-    if name := tokenizer.get("pre_tokenizer_type"):
-        noted = json.loads(config.read_text(encoding="utf-8")) | {"gguf_pre": name}
-        write_text(config, json.dumps(noted, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    _, told, _ = get_gguf_tokenizer(str(source))
+    config, file = template / "tokenizer_config.json", template / "tokenizer.json"
+    if name := told.get("pre_tokenizer_type"):
+        _write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"gguf_pre": name})
+    if tokens := told.get("tokens"):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        there = [token for token in saved["added_tokens"] if token["id"] < len(tokens)]
+        if len(there) < len(saved["added_tokens"]):
+            _write_json(file, saved | {"added_tokens": there})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_text(file, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
