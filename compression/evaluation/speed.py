@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from compression.core.checkpoint import ADAPTER, Checkpoint
+from compression.core.checkpoint import Checkpoint
+from compression.evaluation.generation import load_model
 from compression.evaluation.kernels import NONE, use_kernels
 
 # Tokens on which the two ways are compared: few enough for every kernel, and the prompt's last, as the first of most
@@ -40,7 +39,7 @@ def measure_speed(
         difference of the logits as a share of their norm.
     """
     start = time.perf_counter()
-    model = _load(folder, device, dtype)
+    model = load_model(folder, device, dtype)
     loaded = time.perf_counter() - start
     prompt = torch.arange(prefill, device=device)[None] % model.config.vocab_size
     logits = _logits(model, prompt)
@@ -61,7 +60,7 @@ def _with_kernels(
     checkpoint = Checkpoint(folder)
     if "quantization" not in checkpoint.manifest:
         return None
-    model = _load(folder, prompt.device, dtype)
+    model = load_model(folder, prompt.device, dtype)
     chosen = use_kernels(model, checkpoint)
     layers = Counter(kernel for kernel in chosen.values() if kernel != NONE)
     if not layers:
@@ -73,13 +72,6 @@ def _with_kernels(
         **_rates(model, prompt, decode, repeats),
         "logits_error": error.item(),
     }
-
-
-def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    if (folder / ADAPTER).exists():
-        model = PeftModel.from_pretrained(model, str(folder / ADAPTER), autocast_adapter_dtype=False)
-    return model.to(device).eval()
 
 
 def _logits(model: nn.Module, prompt: Tensor) -> Tensor:
