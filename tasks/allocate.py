@@ -29,8 +29,14 @@ def main() -> None:
     model = Checkpoint(DATA / "taught")
     sizes = {layer: rows * width for layer, (rows, width) in model.layers.items()}
     dropped = dict.fromkeys(sizes, 0) if prune.method == "none" else _dropped(params, prune, model, sizes)
+    bounds = {layer: (count, count) for layer, count in dropped.items()}
+    if prune.method == "surgeon" and params.rule == "global":
+        # It finds its threshold shot by shot, and is told how far that may go.
+        fixed = dict.fromkeys(sizes, (0, 0))
+        bounds = fixed | allocation.bounds(sizes, params.low, params.high, dense_layers(params.dense, sizes))
     table = pd.DataFrame({"layer": list(sizes), "weights": list(sizes.values()), "dropped": list(dropped.values())})
     table["sparsity"] = table["dropped"] / table["weights"]
+    table["least"], table["most"] = zip(*(bounds[layer] for layer in sizes), strict=True)
     ALLOCATION.parent.mkdir(parents=True, exist_ok=True)
     write_text(ALLOCATION, table.to_csv(index=False))
 
@@ -42,7 +48,7 @@ def _dropped(params: Allocate, prune: Prune, model: Checkpoint, sizes: dict[str,
     allocation.check_rule(params.rule, pattern)
     if isinstance(pattern, NofM):
         return allocation.nofm_counts(sizes, pattern, dense)
-    if params.rule == "uniform":
+    if params.rule == "uniform" or (prune.method == "surgeon" and params.rule == "global"):
         wanted = allocation.uniform(sizes, prune.sparsity)
     elif params.rule == "global":
         budget = allocation.reachable_budget(sizes, prune.sparsity, params.low, params.high, dense)

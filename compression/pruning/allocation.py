@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compression.core.errors import Problem
-from compression.pruning.pattern import NofM, Pattern, Unstructured
+from compression.pruning.pattern import NofM, Pattern, Structured, Unstructured
 
 HALF = 16  # bits of a float32 score that each pass of `global_counts` looks at
 
@@ -39,7 +39,16 @@ def project(
         Problem: the bounds and the dense layers leave no way to reach the target.
     """
     budget = reachable_budget(sizes, target, low, high, dense)
-    bounds = _bounds(sizes, low, high, dense)
+    return project_within(wanted, sizes, budget, bounds(sizes, low, high, dense))
+
+
+def project_within(
+    wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int, bounds: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """As `project`, with a budget in weights and, for each layer that may drop any, the fewest and the most.
+
+    The budget has to lie between the sums of both.
+    """
     wishes = {layer: Fraction(wanted[layer]) for layer in bounds}
 
     def shares(shift: Fraction) -> dict[str, Fraction]:
@@ -71,8 +80,8 @@ def project(
 
 def reachable_budget(sizes: Mapping[str, int], target: float, low: float, high: float, dense: Collection[str]) -> int:
     """round(target * all weights); arguments and Problem as in `project`."""
-    bounds = _bounds(sizes, low, high, dense).values()
-    least, most, total = sum(few for few, _ in bounds), sum(many for _, many in bounds), sum(sizes.values())
+    both = bounds(sizes, low, high, dense).values()
+    least, most, total = sum(few for few, _ in both), sum(many for _, many in both), sum(sizes.values())
     budget = round(target * total)
     if not least <= budget <= most:
         kept = f" with {len(set(dense) & set(sizes))} of {len(sizes)} layers dense" if dense else ""
@@ -85,18 +94,18 @@ def reachable_budget(sizes: Mapping[str, int], target: float, low: float, high: 
     return budget
 
 
-def _bounds(sizes: Mapping[str, int], low: float, high: float, dense: Collection[str]) -> dict[str, tuple[int, int]]:
+def bounds(sizes: Mapping[str, int], low: float, high: float, dense: Collection[str]) -> dict[str, tuple[int, int]]:
     """Fewest and most weights that each layer that is not dense may drop.
 
     Where no whole number lies between a layer's bounds, the whole numbers on either side of them are its bounds.
     """
     least, most = Fraction(str(low)), Fraction(str(high))  # the decimals as written: 0.29 of 100 weights is 29
-    bounds = {}
+    found = {}
     for layer, size in sizes.items():
         if layer not in dense:
             few, many = math.ceil(least * size), math.floor(most * size)
-            bounds[layer] = (few, many) if few <= many else (many, few)
-    return bounds
+            found[layer] = (few, many) if few <= many else (many, few)
+    return found
 
 
 def uniform(sizes: Mapping[str, int], target: float) -> dict[str, float]:
@@ -203,7 +212,7 @@ def nofm_counts(sizes: Mapping[str, int], pattern: NofM, dense: Collection[str])
     }
 
 
-def check_rule(rule: str, pattern: Pattern) -> None:
+def check_rule(rule: str, pattern: Pattern | Structured) -> None:
     """Raises Problem when the rule would give layers other sparsities than the one that N:M has."""
     if isinstance(pattern, NofM) and rule != "uniform":
         raise Problem(

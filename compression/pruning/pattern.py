@@ -37,7 +37,27 @@ class NofM:
         return 1 - self.keep / self.of
 
 
+@dataclass(frozen=True)
+class Structured:
+    """Whole structures go.
+
+    Attributes:
+        sparsity: share of the weights that go with them.
+        kinds: `rows` and `columns` of a linear, or what several linears share: the hidden `units` of an MLP, the
+            `heads` of an attention with their keys and values.
+    """
+
+    sparsity: float
+    kinds: frozenset[str]
+
+    @property
+    def coupled(self) -> bool:
+        return bool(self.kinds & COUPLED)
+
+
 Pattern = Unstructured | NofM
+LINES = frozenset({"rows", "columns"})
+COUPLED = frozenset({"units", "heads"})
 
 
 def parse_pattern(text: str) -> tuple[int, int] | None:
@@ -50,16 +70,35 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError("valid: unstructured, or N:M with 0 < N < M, such as 2:4, 4:8 or 1:4")
+        raise ValueError(
+            "valid: unstructured; N:M with 0 < N < M, such as 2:4, 4:8 or 1:4; with method surgeon rows, columns, "
+            "rows+columns, units, heads or units+heads as well"
+        )
     return int(found[1]), int(found[2])
 
 
-def make_pattern(text: str, sparsity: float, scope: Scope) -> Pattern:
-    """The pattern that params.yaml describes.
+def parse_structures(text: str) -> frozenset[str] | None:
+    """`rows+columns`, `units+heads` or one of the four -> its kinds; None if it is another pattern.
+
+    Raises:
+        ValueError: a word that is no structure, beside others that are, or kinds that do not go together.
+    """
+    kinds = frozenset(text.split("+"))
+    if not kinds & (LINES | COUPLED):
+        return None
+    if not (kinds <= LINES or kinds <= COUPLED):
+        raise ValueError("valid: rows, columns, rows+columns, units, heads, units+heads")
+    return kinds
+
+
+def make_pattern(text: str, sparsity: float, scope: Scope) -> Pattern | Structured:
+    """The pattern of weights that params.yaml describes.
 
     Raises:
         Problem: N:M contradicts the sparsity.
     """
+    if kinds := parse_structures(text):
+        return Structured(sparsity, kinds)
     parsed = parse_pattern(text)
     if parsed is None:
         return Unstructured(sparsity, scope)

@@ -108,7 +108,7 @@ def reconstruct_model(
             "head and embeddings lie outside the blocks, so they cannot be reconstructed",
             "set both to false, or retrain.objective to next_token",
         )
-    if (source.depth, source.layers) != (dense.depth, dense.layers):
+    if (source.depth, list(source.layers)) != (dense.depth, list(dense.layers)):
         raise Problem(
             str(dense.folder),
             f"not the model that {source.folder} was pruned from: it has other layers",
@@ -119,7 +119,7 @@ def reconstruct_model(
     packed, scales = source.masks(), source.scales()
     chosen = targeted(packed, options["targets"])
     draw = Shuffled(torch.arange(len(ids)), sequences, options["seed"])
-    walk = _Walk(source, ids, ids[draw(0)], state.get("hidden"), device, dtype)
+    walk = _Walk(source, dense, ids, ids[draw(0)], state.get("hidden"), device, dtype)
     writer.write_outer(source.outer())
 
     blocks = range(finished, source.depth)
@@ -182,29 +182,41 @@ class _Walk:
     """The calibration tokens on their way through the model, and the block at hand.
 
     Attributes:
+        skeleton: of the model whose block was placed last: the dense one, or the pruned one, which may be narrower.
         hidden: X [N, T, d], the states that enter the next block.
     """
 
     def __init__(
         self,
         source: Checkpoint,
+        dense: Checkpoint,
         ids: Tensor,
         drawn: Tensor,
         hidden: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._at_hand = {0: source.block(0)}
-        self.skeleton = Skeleton(source.folder, source.outer(), self._at_hand.pop, device, dtype)
+        self._at_hand: dict[int, dict[str, Tensor]] = {}
         self.batches = batches.split(ids, device)
         self.drawn = drawn  # token ids of the shape of a training batch
+
+        def begin(model: Checkpoint) -> tuple[Skeleton, list[Tensor]]:
+            self._at_hand[0] = model.block(0)
+            skeleton = Skeleton(model.folder, model.outer(), self._at_hand.pop, device, dtype)
+            skeleton.begin(drawn)
+            return skeleton, [skeleton.begin(batch) for batch in self.batches]
+
         with torch.no_grad():
-            begun = [self.skeleton.begin(batch) for batch in self.batches]
-            self.skeleton.begin(drawn)
+            self.skeleton, begun = begin(source)
+            self._pruned = self._dense = self.skeleton
+            if source.layers != dense.layers:
+                self._dense, _ = begin(dense)
         self.hidden = torch.cat(begun) if hidden is None else hidden.to(device)
 
-    def place(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def place(self, index: int, tensors: Mapping[str, Tensor], dense: bool = False) -> nn.Module:
         """Block `index` with a copy of these weights, by name in the block, in the computing type."""
+        self.skeleton.release(index)
+        self.skeleton = self._dense if dense else self._pruned
         prefix = f"{self.skeleton.path}.{index}."
         self._at_hand[index] = {prefix + name: tensor.clone() for name, tensor in tensors.items()}
         return self.skeleton.load(index)
@@ -289,14 +301,14 @@ def _reconstruct(
     Returns:
         the block's weights, as they are stored, and what is known of each part.
     """
-    block = walk.place(index, dense)
+    block = walk.place(index, dense, dense=True)
     one = walk.hidden[: len(walk.batches[0])]
     parts = find_parts(block, lambda: walk.skeleton.run(index, one, walk.batches[0]), learner.options["objective"])
     found: list[dict[str, Any]] = []
     attended: Tensor | None = None
     out = walk.hidden
     for part in parts:
-        walk.place(index, dense)
+        walk.place(index, dense, dense=True)
         target = walk.outputs(index, part, attended)
         scale = _mean_square(target, None if part.name == "attention" else walk.hidden)
         if not math.isfinite(scale):

@@ -22,17 +22,16 @@ random signs, so that E r r^T = I (Hutchinson 1990) and the mean of the squared 
 J the Jacobian of e. A head's cross entropy would count only what moves its classes apart; this counts all that an
 embedding may be used for.
 
-Forward, the states that enter each block are kept; backward, one block after the other from the last to the first is
-loaded, run again with a gradient, a sequence at a time, and let go. Memory is those states, (depth + 1) * [N, T, d],
-and one block with g and F in float32, or one sequence's inputs and outputs of its layers.
+The gradients come from the sweep of `compression/backward.py`, a sequence at a time. Memory is what that needs, and one
+block's g and F in float32, or one sequence's inputs and outputs of its layers.
 """
 
 import torch
 from torch import Tensor, nn
 
+from compression.backward import Send, sweep
 from compression.core.journal import Journal
-from compression.core.progress import progress
-from compression.core.skeleton import Skeleton, linears
+from compression.core.skeleton import Skeleton
 from compression.evaluation.embedding import pooled
 from compression.sensitivity.parts import all_linears, by_layer
 from compression.sensitivity.rounding import cost, rounded
@@ -56,9 +55,7 @@ def measure(skeleton: Skeleton, ids: Tensor, journal: Journal, settings: Setting
     Raises:
         Problem: the group size does not divide a layer's number of inputs.
     """
-    sequences = ids.split(1)
-    entering = _forward(skeleton, sequences, Journal(journal.folder / "forward"))
-    found = _backward(skeleton, sequences, entering, Journal(journal.folder / "backward"), settings)
+    found = _costs(skeleton, ids.split(1), journal, settings)
     parts = all_linears(skeleton, settings.per)
     by_width = {
         bits: {layer: float(found[layer][place]) for layers in parts.values() for layer in layers}
@@ -69,61 +66,36 @@ def measure(skeleton: Skeleton, ids: Tensor, journal: Journal, settings: Setting
     return {"tdmpq": by_layer(skeleton, settings.per, scores)} | {cost(bits): own for bits, own in by_width.items()}
 
 
-@torch.no_grad()
-def _forward(skeleton: Skeleton, sequences: tuple[Tensor, ...], journal: Journal) -> list[Tensor]:
-    """The states [N, T, d] that enter each block, and those that leave the last one."""
-    states = torch.cat([skeleton.begin(sequence) for sequence in sequences])
-    finished, stored = journal.load()
-    if finished:
-        return [stored[str(index)].to(skeleton.device) for index in range(skeleton.depth + 1)]
-    entering = [states]
-    for index in progress(range(skeleton.depth), what="tdmpq, forward", unit="block"):
-        skeleton.load(index)
-        streams = zip(entering[-1].split(1), sequences, strict=True)
-        entering.append(torch.cat([skeleton.run(index, hidden, sequence) for hidden, sequence in streams]))
-        skeleton.release(index)
-    journal.save(1, {str(index): states for index, states in enumerate(entering)})
-    return entering
-
-
-def _backward(
-    skeleton: Skeleton, sequences: tuple[Tensor, ...], entering: list[Tensor], journal: Journal, settings: Settings
+def _costs(
+    skeleton: Skeleton, sequences: tuple[Tensor, ...], journal: Journal, settings: Settings
 ) -> dict[str, Tensor]:
     """Costs float64 [widths] by layer."""
-    finished, costs = journal.load()
-    slope = costs.pop("slope").to(skeleton.device) if finished else _slopes(skeleton, sequences, entering[-1])
+    _, costs = journal.load()
     # What the gradient and its square count: a mean loss is made a summed one; an embedding has no first term.
     first, second = (1, sequences[0].shape[1] - 1) if skeleton.causal else (0, 1)
-    blocks = range(skeleton.depth - 1 - finished, -1, -1)
-    for index in progress(blocks, what="tdmpq, backward", unit="block", total=skeleton.depth, done=finished):
-        layers = linears(skeleton.load(index), f"{skeleton.path}.{index}")
-        seen = (_Outputs if settings.curvature == "outputs" else _Weights)(layers, settings)
-        for row, sequence in enumerate(sequences):
-            hidden = entering[index][row : row + 1].requires_grad_()
-            out = skeleton.run(index, hidden, sequence)
-            into, *gradients = torch.autograd.grad(out, [hidden, *seen.watched()], slope[row : row + 1])
+    for visit in sweep(skeleton, sequences, _sender(skeleton), journal.folder, "tdmpq"):
+        seen = (_Outputs if settings.curvature == "outputs" else _Weights)(visit.layers, settings)
+        for _, gradients in visit.gradients(seen.watched):
             seen.add(gradients, first, second)
-            slope[row] = into[0]  # not before: a layer's gradient may be this very memory
         costs |= {layer: own.cpu() / len(sequences) for layer, own in seen.costs().items()}
         seen.close()
-        skeleton.release(index)
-        journal.save(len(entering) - 1 - index, costs | {"slope": slope})
+        journal.save(skeleton.depth - visit.index, costs)
     return costs
 
 
-def _slopes(skeleton: Skeleton, sequences: tuple[Tensor, ...], leaving: Tensor) -> Tensor:
-    """Gradient of what each sequence sends back, its mean loss or <r, e>, with respect to the states [N, T, d] after
-    the last block."""
-    draw, slopes = torch.Generator().manual_seed(SEED), []
-    for hidden, sequence in zip(leaving.split(1), sequences, strict=True):
-        hidden = hidden.detach().requires_grad_()
+def _sender(skeleton: Skeleton) -> Send:
+    """What each sequence sends back: its mean loss, or <r, e>."""
+    draw = torch.Generator().manual_seed(SEED)
+
+    def send(hidden: Tensor, sequence: Tensor) -> Tensor:
         if skeleton.causal:
             sent = mixed_cross_entropy(skeleton.end(hidden, sequence), sequence.to(hidden.device))
         else:
             embedding = pooled(skeleton, hidden, sequence)[0]
             sent = embedding @ signs(len(embedding), draw).to(hidden.device)
-        slopes.append(torch.autograd.grad(sent, hidden)[0])
-    return torch.cat(slopes)
+        return torch.stack(torch.autograd.grad(sent, hidden))
+
+    return send
 
 
 def signs(width: int, draw: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from compression.pruning.pattern import parse_pattern
+from compression.pruning.pattern import parse_pattern, parse_structures
 from tasks.params.base import Section
 
 
@@ -12,7 +12,7 @@ class Prune(Section):
     section: ClassVar[str] = "prune"
 
     source: str
-    method: Literal["magnitude", "wanda", "sparsegpt", "magnitude_obs", "wanda_obs", "alps", "none"]
+    method: Literal["magnitude", "wanda", "sparsegpt", "magnitude_obs", "wanda_obs", "alps", "surgeon", "none"]
     sparsity: Annotated[float, Field(ge=0, lt=1)]
     pattern: str
     scope: Literal["auto", "row", "layer", "columns", "adaptive"]
@@ -28,5 +28,6 @@ class Prune(Section):
     @field_validator("pattern")
     @classmethod
     def _known(cls, pattern: str) -> str:
-        parse_pattern(pattern)
+        if not parse_structures(pattern):
+            parse_pattern(pattern)
         return pattern

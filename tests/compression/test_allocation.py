@@ -208,7 +208,7 @@ def run(allocated: dict[str, Any] | None = None, **pruned: Any) -> pd.DataFrame:
     Path("params.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     allocate.main()
     table = pd.read_csv("data/allocation/allocation.csv")
-    assert list(table.columns) == ["layer", "weights", "dropped", "sparsity"]
+    assert list(table.columns) == ["layer", "weights", "dropped", "sparsity", "least", "most"]
     assert table["sparsity"].tolist() == (table["dropped"] / table["weights"]).tolist()
     return table.set_index("layer")
 

@@ -34,6 +34,7 @@ from tests.compression.helpers import (
     whole_logits,
     whole_model,
 )
+from tests.compression.test_surgeon_run import make_task, operate
 from tests.conftest import Make
 from tests.reference import reconstruction
 from tests.reference.training import rates
@@ -437,3 +438,19 @@ def test_a_broken_dense_model_is_named(opt: Checkpoint, dense: Checkpoint, tmp_p
     writer.finish(dense.depth, lineage(dense))
     with pytest.raises(Problem, match=r"layers\.1: the dense block gives NaN"):
         rebuild(opt, Checkpoint(broken), tmp_path / "x", text, recipe=SHORT)
+
+
+@pytest.mark.parametrize("objective", PARTS)
+def test_a_model_that_got_smaller_learns_from_the_one_it_was(
+    objective: str, imported: Make, tmp_path: Path, text: Tensor
+) -> None:
+    """The dense block has more units and heads than the one that learns; what both give has the same width."""
+    source = Checkpoint(imported("llama"))
+    smaller, _ = operate(make_task(source, "units+heads", 0.3), tmp_path / "smaller", text)
+    assert smaller.layers != source.layers
+    rebuilt, record = rebuild(smaller, source, tmp_path / "rebuilt", text, recipe=SHORT, objective=objective)
+    assert all(part["after"] < part["before"] for part in record["block_errors"] if part["learned"])
+    assert sum(part["learned"] for part in record["block_errors"]) >= len(record["block_errors"]) / 2
+    assert {n: t.shape for n, t in all_tensors(rebuilt).items()} == {
+        n: t.shape for n, t in all_tensors(smaller).items()
+    }

@@ -9,7 +9,7 @@ import pytest
 
 from compression.core.errors import Problem
 from compression.quantization import knapsack, plan
-from tasks.check import plan_has_scores
+from tasks.checks.quantizing import plan_has_scores
 from tasks.params.base import load, read
 from tasks.params.quantize import Quantize
 from tasks.params.sensitivity import Sensitivity

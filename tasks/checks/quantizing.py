@@ -1,0 +1,170 @@
+"""Rules on bits: sections `sensitivity`, `quantize` and `export`."""
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+
+from compression.core.errors import Problem
+from compression.export import FORMATS
+from compression.quantization.bits import check_group_size
+from compression.sensitivity.similarity import check_samples
+from tasks.checks.pruning import ROUNDING
+from tasks.checks.rule import Rule
+from tasks.core.paths import DATA
+from tasks.params.base import PARAMS
+from tasks.params.export import Export
+from tasks.params.imp import MODEL
+from tasks.params.prune import Prune
+from tasks.params.quantize import Quantize
+from tasks.params.retrain import Retrain
+from tasks.params.sensitivity import Sensitivity
+
+
+def sensitivity_can_be_measured(sensitivity: Sensitivity, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Groups divide every width, and there are sequences enough for the components."""
+    try:
+        if sensitivity.method in ("tdmpq", "measured"):
+            check_group_size(layers, sensitivity.group_size, "sensitivity.group_size")
+        if sensitivity.method == "cmpq" and sensitivity.similarity != "cka":
+            narrowest = min((rows for rows, _ in layers.values()), default=sensitivity.components)
+            check_samples(sensitivity.sequences, min(sensitivity.components, narrowest))
+    except Problem as problem:
+        yield problem
+
+
+def grid_is_passed_on(
+    prune: Prune, retrain: Retrain, quantize: Quantize, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """Method `given` finds a grid, just as pruning has left it."""
+    if quantize.method != "given":
+        return
+    if prune.bits is None or prune.method not in ROUNDING:
+        yield Problem(
+            f"{PARAMS}: quantize.method", "`given` is the grid of prune.bits, but there is none", "valid: rtn, gptq"
+        )
+        return
+    for key, value, valid in (
+        ("retrain.method", retrain.method, ("none", "subset")),  # any other moves weights off the grid
+        ("quantize.plan", quantize.plan, ("uniform",)),
+        ("quantize.bits", quantize.bits, (prune.bits,)),
+        ("quantize.group_size", quantize.group_size, (prune.group_size,)),
+        ("quantize.symmetric", quantize.symmetric, (True,)),
+    ):
+        if value not in valid:
+            listed = ", ".join(map(str, valid))
+            yield Problem(f"{PARAMS}: {key}", f"{value} does not keep the grid of prune.bits", f"valid: {listed}")
+
+
+def groups_fit(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """The group size divides every width."""
+    if quantize.method == "none":
+        return
+    try:
+        check_group_size(layers, quantize.group_size)
+    except Problem as problem:
+        yield problem
+
+
+def plan_has_scores(quantize: Quantize, sensitivity: Sensitivity, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Bits are not dealt out by a column, or at a width, that the sensitivity stage does not fill."""
+    if not quantize.ranks:
+        return
+    if quantize.by not in ("outlier_ratio", sensitivity.method):
+        yield Problem(
+            f"{PARAMS}: quantize.by",
+            f"`{quantize.by}` is not in the sensitivity table, since sensitivity.method is `{sensitivity.method}`",
+            f"set sensitivity.method to {quantize.by}, or quantize.plan to uniform",
+        )
+    costed = quantize.by in ("tdmpq", "measured")
+    if quantize.plan == "ceiling" and not costed:
+        yield Problem(
+            f"{PARAMS}: quantize.by", f"`{quantize.by}` does not say how far the loss rises", "valid: tdmpq, measured"
+        )
+    if quantize.plan == "ceiling" and costed and sensitivity.around is not None:
+        yield Problem(
+            f"{PARAMS}: quantize.plan",
+            f"costs around a model of {sensitivity.around} bits do not say how far the loss rises above the dense",
+            "set sensitivity.around to null, or quantize.plan to budget",
+        )
+    missing = [width for width in quantize.widths if width <= 8 and width not in sensitivity.widths]
+    if quantize.plan in ("budget", "ceiling") and costed and missing:
+        listed = ", ".join(map(str, sensitivity.widths))
+        yield Problem(
+            f"{PARAMS}: quantize.widths",
+            f"the cost of {missing[0]} bits is not measured",
+            f"valid: those of sensitivity.widths, {listed}; and 16",
+        )
+
+
+def plan_keeps_budget(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """There is a plan within the average number of bits."""
+    if quantize.method != "none" and quantize.plan == "budget" and quantize.average_bits < min(quantize.widths):
+        yield Problem(
+            f"{PARAMS}: quantize.average_bits",
+            f"{quantize.average_bits} is less than every width",
+            f"valid: from {min(quantize.widths)}",
+        )
+
+
+def grids_load_together(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """transformers loads grids of these kinds beside each other; not all, see compression/quantization/scheme.py."""
+    if quantize.method == "none":
+        return
+    inner = {quantize.bits} if quantize.plan == "uniform" else {width for width in quantize.widths if width <= 8}
+    if len(inner | ({quantize.embeddings} if quantize.embeddings else set())) == 1:
+        return
+    if quantize.embeddings not in (None, 8):
+        yield Problem(
+            f"{PARAMS}: quantize.embeddings",
+            f"transformers does not load an embedding of {quantize.embeddings} bits beside layers of others",
+            "valid: null, 8; or plan uniform with quantize.bits the same",
+        )
+    if quantize.group_size == "row" and not quantize.symmetric:
+        yield Problem(
+            f"{PARAMS}: quantize.symmetric",
+            "transformers does not load asymmetric rows of several widths",
+            "valid: true; or quantize.group_size a number",
+        )
+
+
+def formats_suit_model(
+    export: Export, prune: Prune, retrain: Retrain, quantize: Quantize, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
+    """Each format is for such a model, on such a grid, and there is no adapter that it has no place for."""
+    if "gguf" in export.formats and retrain.method == "lora" and export.source != "pruned":
+        yield Problem(
+            f"{PARAMS}: export.source",
+            f"`{export.source}` has the adapter of retrain.method lora beside its weights",
+            "valid: pruned; or a retrain.method that merges, such as mask_lora",
+        )
+    if "compact" in export.formats and prune.method == "none" and prune.source == MODEL:
+        yield Problem(
+            f"{PARAMS}: export.formats",
+            "compact leaves pruned weights out, but prune.method is `none`",
+            "set prune.method to another, or leave compact out",
+        )
+    rounded = quantize.method != "none" and export.source in ("quantized", "unlearned")
+    if "gguf" in export.formats and rounded and isinstance(quantize.group_size, int) and quantize.group_size % 32:
+        yield Problem(
+            f"{PARAMS}: export.formats",
+            f"gguf has blocks of 32 inputs, which quantize.group_size, {quantize.group_size}, does not fill",
+            "set quantize.group_size to a multiple of 32, or leave gguf out",
+        )
+    config = DATA / "model" / "config.json"
+    if "gguf" in export.formats and layers and config.exists():
+        try:
+            architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
+            import_module(FORMATS["gguf"]).supported(str(config), architectures)
+        except Problem as problem:
+            yield problem
+
+
+RULES: list[Rule] = [
+    sensitivity_can_be_measured,
+    grid_is_passed_on,
+    groups_fit,
+    plan_has_scores,
+    plan_keeps_budget,
+    grids_load_together,
+    formats_suit_model,
+]
