@@ -343,7 +343,7 @@ def main() -> None:
         arm = read_arm(text, chosen.blocks, chosen.sparsity, chosen.shots)
         what = {"arm": text, "blocks": len(arm.blocks), "sparsity": arm.sparsity, "shots": arm.shots}
         found = measure(arm, chosen, dense["wiki_perplexity"])
-        shots = by_shot(arm, found, chosen, dense["wiki_perplexity"]) if chosen.every_shot else None
+        shots = by_shot(arm, found, chosen, dense["wiki_perplexity"]) if chosen.every_shot and arm.shots > 1 else None
         results.append(what | found | ({"by_shot": shots} if shots else {}))
         print(json.dumps(results[-1]), flush=True)
         if chosen.out:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from functools import partial
-from math import log
+from math import log, prod
 
 import pandas as pd
 
@@ -56,7 +56,7 @@ def _chosen(params: Quantize, table: pd.DataFrame | None, layers: Mapping[str, l
             plan.by_kmeans(scores, params.widths) if params.plan == "kmeans" else plan.by_percentile(scores, shares)
         )
         return plan.by_layer(by_score, layers)
-    costs = group_costs(rows, params.by, fused, params.widths)
+    costs = group_costs(rows, params.by, fused, params.widths, layers)
     if params.plan == "budget":
         sizes = plan.group_sizes(fused, layers, params.widths)
         budget = params.average_bits * sum(out * width for out, width in layers.values())
@@ -78,14 +78,17 @@ def _tell(gap: float, unit: str) -> None:
     print(f"note: these bits are not proven to be the best; at most {gap:.3g} {unit} could be saved", file=sys.stderr)
 
 
-def group_costs(rows: pd.DataFrame, by: str, groups: list[Group], widths: list[int]) -> dict[Group, dict[int, float]]:
+def group_costs(
+    rows: pd.DataFrame, by: str, groups: list[Group], widths: list[int], layers: Mapping[str, list[int]]
+) -> dict[Group, dict[int, float]]:
     """What each group costs at each width, in nats a token where the measure says so.
 
     A measure that has no cost for each width has a score S: a layer of n weights then costs max(S, 0) n 4^-b, since the
     square of the rounding error falls fourfold with each bit. What is not rounded costs nothing.
 
     Args:
-        rows: the sensitivity table by layer.
+        rows: the sensitivity table by layer, which is about the dense model.
+        layers: shape [out, in] by layer as it is now, smaller than in the table where pruning has cut something out.
 
     Raises:
         Problem: a width that was not measured.
@@ -105,6 +108,7 @@ def group_costs(rows: pd.DataFrame, by: str, groups: list[Group], widths: list[i
         part = rows.loc[list(group)]
         if costed:
             return float(part[f"cost_{bits}"].sum())
-        return float((part[by].clip(lower=0) * part["parameters"]).sum()) * 4.0**-bits
+        sizes = [prod(layers[layer]) for layer in group]
+        return float((part[by].clip(lower=0) * sizes).sum()) * 4.0**-bits
 
     return {group: {bits: cost(group, bits) for bits in widths} for group in groups}

@@ -17,6 +17,7 @@ from compression.pruning.method import Settings
 from compression.pruning.pattern import Pattern, Structured, make_pattern
 from compression.pruning.run import prune_model
 from compression.surgeon import settings as surgeon
+from compression.surgeon.correction import Correction
 from compression.surgeon.curvature import Curvature
 from compression.surgeon.run import prune_by_curvature
 from compression.surgeon.way import Quota, Task
@@ -76,8 +77,10 @@ def _operate(stage: Stage, source: Checkpoint, folder: Path, params: Prune) -> N
     """The whole model at once."""
     options = read(Surgeon)
     curvature = Curvature(options.curvature, options.labels, options.samples, options.passes, options.seed)
+    learned = options.correction_steps, options.correction_rank, options.correction_learning_rate, options.seed
+    correction = Correction(*learned) if options.correction_steps else None
     keys = {"damping_inputs", "damping_outputs", "shots", "update", "correlate", "multiple"}
-    settings = surgeon.Settings(curvature, **options.model_dump(include=keys))
+    settings = surgeon.Settings(curvature, **options.model_dump(include=keys), correction=correction)
     quotas = {layer: Quota(*map(int, row)) for layer, *row in _table(source).itertuples()}
     together = any(quota.least < quota.most for quota in quotas.values())
     pattern = make_pattern(params.pattern, params.sparsity, "layer")
@@ -85,6 +88,7 @@ def _operate(stage: Stage, source: Checkpoint, folder: Path, params: Prune) -> N
     writer = CheckpointWriter(folder, source.folder)
     done = prune_by_curvature(task, writer, stage.work / "shots", _text(params), stage.device, stage.dtype)
     record = lineage(source) | stage.record(params) | {"surgeon": options.model_dump(), "pruning": done.ledger}
+    record |= {"corrections": done.corrections} if done.corrections else {}
     if done.shrunk is None:
         return writer.finish(source.depth, record)
     shrunk = {"widths": done.shrunk.widths, "padding": done.shrunk.padding, "layers": source.layers}

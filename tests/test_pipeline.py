@@ -29,6 +29,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "speed": {"prefill": 32, "decode": 4, "repeats": 1},
 }
 
+# Hidden units and heads are cut out of the model.
+STRUCTURES = {"method": "surgeon", "pattern": "units+heads", "sparsity": 0.2}
+
 MEASURED = {name: folder for name, folder in CHECKPOINTS.items() if name != "taught"}  # which is the dense one here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -103,6 +106,10 @@ def test_the_report_tells_of_every_checkpoint_but_one_that_was_not_taught(worksp
 def test_transformers_loads_every_checkpoint_and_gives_the_evaluated_figure(
     workspace: Path, name: str, folder: str
 ) -> None:
+    assert_loaded_gives_the_evaluated_figure(workspace, name, folder)
+
+
+def assert_loaded_gives_the_evaluated_figure(workspace: Path, name: str, folder: str) -> None:
     """What was evaluated, by our own walk, is what a user gets from `from_pretrained`."""
     import torch
     from safetensors.torch import load_file
@@ -222,6 +229,22 @@ def test_two_clean_runs_give_the_same_bytes(workspace: Path) -> None:
     assert {name: hashes for name, hashes in after.items() if name not in timed} == {
         name: hashes for name, hashes in before.items() if name not in timed
     }
+
+
+def test_a_model_that_pruning_makes_smaller_goes_through_every_stage(workspace: Path, params: None) -> None:
+    """The last test here, as it leaves other checkpoints behind."""
+    edit(workspace, SMALL | {"prune": SMALL["prune"] | STRUCTURES, "surgeon": {"shots": 1}})
+    run(workspace, "dvc", "repro")
+    figures = metrics(workspace)
+    dense = figures.pop("dense")
+    for name, row in figures.items():
+        assert (row["sparsity"], row["revived_weights"]) == (0.0, 0), "what was cut out needs no mask"
+        assert 0.2 <= row["removed"] < 0.25
+        assert row["parameters"] < 0.9 * dense["parameters"]
+        assert row["bytes"] < 0.9 * dense["bytes"]
+        assert_loaded_gives_the_evaluated_figure(workspace, name, MEASURED[name])
+    page = (workspace / "data/report/index.html").read_text(encoding="utf-8")
+    assert "Pruning has made the model smaller" in page
 
 
 def output_hashes(workspace: Path) -> dict[str, list[str]]:

@@ -137,6 +137,12 @@ class CheckpointWriter:
             write_tensors(self._part(SCALES, index), scales)
         write_tensors(self.folder / block_file(index), tensors)
 
+    def link_block(self, source: Checkpoint, index: int, keep: dict[str, Tensor]) -> None:
+        """Takes over a block of another checkpoint unchanged, with its masks bool [out, in] by layer name."""
+        if keep:
+            write_tensors(self._part(MASKS, index), {layer: masks.pack(mask) for layer, mask in keep.items()})
+        self.link(source, block_file(index))
+
     def link(self, source: Checkpoint, name: str) -> None:
         """Takes over a file of another checkpoint unchanged: a hard link where the disk can, else a copy."""
         target = self.folder / name

@@ -44,7 +44,7 @@ class Structured:
     Attributes:
         sparsity: share of the weights that go with them.
         kinds: `rows` and `columns` of a linear, or what several linears share: the hidden `units` of an MLP, the
-            `heads` of an attention with their keys and values.
+            `heads` of an attention with their keys and values, the dimensions of the `hidden` states.
     """
 
     sparsity: float
@@ -58,6 +58,7 @@ class Structured:
 Pattern = Unstructured | NofM
 LINES = frozenset({"rows", "columns"})
 COUPLED = frozenset({"units", "heads"})
+STREAM = frozenset({"hidden"})
 
 
 def parse_pattern(text: str) -> tuple[int, int] | None:
@@ -72,22 +73,22 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
     if not found or not 0 < int(found[1]) < int(found[2]):
         raise ValueError(
             "valid: unstructured; N:M with 0 < N < M, such as 2:4, 4:8 or 1:4; with method surgeon rows, columns, "
-            "rows+columns, units, heads or units+heads as well"
+            "rows+columns, units, heads, units+heads or hidden as well"
         )
     return int(found[1]), int(found[2])
 
 
 def parse_structures(text: str) -> frozenset[str] | None:
-    """`rows+columns`, `units+heads` or one of the four -> its kinds; None if it is another pattern.
+    """`rows+columns`, `units+heads`, one of the four or `hidden` -> its kinds; None if it is another pattern.
 
     Raises:
         ValueError: a word that is no structure, beside others that are, or kinds that do not go together.
     """
     kinds = frozenset(text.split("+"))
-    if not kinds & (LINES | COUPLED):
+    if not kinds & (LINES | COUPLED | STREAM):
         return None
-    if not (kinds <= LINES or kinds <= COUPLED):
-        raise ValueError("valid: rows, columns, rows+columns, units, heads, units+heads")
+    if not any(kinds <= together for together in (LINES, COUPLED, STREAM)):
+        raise ValueError("valid: rows, columns, rows+columns, units, heads, units+heads, hidden")
     return kinds
 
 

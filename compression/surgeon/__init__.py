@@ -11,6 +11,7 @@ in the bowl, over all layers at once, and what stays moves to where the bowl is 
     costs.py        what an element, a row, a column or a group of columns costs
     threshold.py    which rows and columns of which layers go: one threshold for all
     updates.py      what is removed becomes zero, and what stays makes up for it
+    correction.py   what is left learns a little between shots
 
     way.py          what may go, and the questions that each kind answers:
     elements.py     single weights, N:M
@@ -20,7 +21,8 @@ in the bowl, over all layers at once, and what stays moves to where the bowl is 
     allot.py        how many of them each block keeps
     widths.py       which widths transformers builds
     shrink.py       a checkpoint without them
-    hidden.py       a narrower residual stream
+    stream.py       dimensions of the residual stream, in all layers, embedding and head
+    hidden.py       a checkpoint without those
 
 Symbols: a layer's weight W [R, C]; with a bias, W' = [W | b] [R, C + 1], fed with [a ; 1]. c is C or C + 1. Costs are
 predicted increases of the loss in nats a token.

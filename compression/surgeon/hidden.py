@@ -24,7 +24,6 @@ from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.files import write_tensors
 from compression.core.skeleton import empty_model
-from compression.quantization.scheme import anatomy
 from compression.surgeon.shrink import STRUCTURES, refuse_grids
 from compression.surgeon.widths import built, head_width, is_taken, read_config
 
@@ -40,10 +39,26 @@ class Narrowed(NamedTuple):
     Attributes:
         config: the new config.json.
         layers: shape [out, in] of each linear in the blocks, for the manifest.
+        widths: `hidden`, the width that is left.
+        padding: 0.
     """
 
     config: dict[str, Any]
     layers: dict[str, list[int]]
+    widths: dict[str, int]
+    padding: int = 0
+
+
+def hidden_widths(source: Checkpoint, multiple: int) -> list[int]:
+    """The hidden widths that may be left: multiples that transformers takes, ascending, and last the one there is.
+
+    Raises:
+        Problem: norms that are not RMS norms, or an embedding that is not handed on as it is.
+    """
+    config = read_config(source.folder)
+    _check_family(source, config, empty_model(source.folder))
+    fewer = range(multiple, config.hidden_size, multiple)
+    return [*(width for width in fewer if is_taken(config, _resized(config, width))), config.hidden_size]
 
 
 def hidden_axes(source: Checkpoint, width: int) -> Axes:
@@ -54,8 +69,7 @@ def hidden_axes(source: Checkpoint, width: int) -> Axes:
             on as it is.
     """
     config, model = read_config(source.folder), empty_model(source.folder)
-    if not isinstance(getattr(config, EPS, None), float) or type(model.get_input_embeddings()) is not nn.Embedding:  # type: ignore[operator]
-        raise Problem(str(source.folder), f"the hidden width of a {type(model).__name__} cannot change", VALID)
+    _check_family(source, config, model)
     if not is_taken(config, _resized(config, width)):
         raise Problem(
             str(source.folder / "config.json"),
@@ -98,7 +112,7 @@ def narrow(source: Checkpoint, writer: CheckpointWriter, kept: Tensor) -> Narrow
     gone = torch.ones(config.hidden_size, dtype=torch.bool)
     gone[kept] = False
     growth = config.hidden_size / len(kept)
-    embedding = f"{anatomy(source.folder).embedding}.weight"
+    embedding = _embedding(empty_model(source.folder))
 
     def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         smaller = {}
@@ -106,7 +120,7 @@ def narrow(source: Checkpoint, writer: CheckpointWriter, kept: Tensor) -> Narrow
             own = axes.get(name, ())
             norm = _is_norm(name, tensor, axes)
             writes = (own == (0,) and not norm) or name == embedding
-            if writes and tensor.movedim(own[0], 0)[gone].any():
+            if own and writes and tensor.movedim(own[0], 0)[gone].any():
                 raise Problem(name, "still writes dimensions that are to go", "remove them from the weights first")
             for axis in own:
                 tensor = tensor.index_select(axis, kept)
@@ -127,16 +141,28 @@ def narrow(source: Checkpoint, writer: CheckpointWriter, kept: Tensor) -> Narrow
     writer.write_outer(cut(source.outer()))
     write_tensors(writer.folder / STRUCTURES, {"hidden": kept.to(torch.int32)})
     changes = _resized(config, len(kept)) | {EPS: growth * getattr(config, EPS)}
-    return Narrowed(source.config() | changes, layers)
+    return Narrowed(source.config() | changes, layers, {"hidden": len(kept)})
 
 
 def _resized(config: Any, width: int) -> dict[str, Any]:
     return {"hidden_size": width, "head_dim": head_width(config)}
 
 
+def _embedding(model: nn.Module) -> str:
+    """Name of the input embedding's weight."""
+    wanted = model.get_input_embeddings()  # type: ignore[operator]
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
+
+
 def _is_norm(name: str, tensor: Tensor, axes: Axes) -> bool:
     """Whether it is the weights of a norm of the residual stream."""
     return name in axes and tensor.ndim == 1 and not name.endswith(".bias")
+
+
+def _check_family(source: Checkpoint, config: Any, model: nn.Module) -> None:
+    """Raises Problem unless norms have the eps of an RMS norm and the embedding is handed on as it is."""
+    if not isinstance(getattr(config, EPS, None), float) or type(model.get_input_embeddings()) is not nn.Embedding:  # type: ignore[operator]
+        raise Problem(str(source.folder), f"the hidden width of a {type(model).__name__} cannot change", VALID)
 
 
 def _check_norm(name: str, module: nn.Module, config: Any) -> None:

@@ -8,6 +8,8 @@ the last one rounds them to the type in which they came.
     work/shot-T/curvature     states and journal of the sweep
     work/shot-T/block-I       by layer, inverses P and Q, and scores
     work/shot-T/checkpoint    the model after it; finished shots are not taken again, their scratch is gone
+
+Before each shot but the first a correction may be learned, see correction.py.
 """
 
 import shutil
@@ -26,15 +28,19 @@ from compression.core.ledger import Ledger, in_order
 from compression.core.progress import progress
 from compression.core.skeleton import Skeleton
 from compression.pruning.pattern import Structured
+from compression.surgeon.correction import CORRECTED, CORRECTION, check_correctable, correct
 from compression.surgeon.coupled import Coupled, find_coupled, write_smaller
 from compression.surgeon.curvature import factors_by_block
 from compression.surgeon.elements import Elements
 from compression.surgeon.factors import Factors, Inverses, alive, invert
+from compression.surgeon.hidden import Narrowed
 from compression.surgeon.lines import Lines
 from compression.surgeon.shrink import Shrunk
+from compression.surgeon.stream import Stream, find_stream, write_narrower
 from compression.surgeon.way import Look, Task, Way
 
 CHECKPOINT = "checkpoint"
+CURVATURE = "curvature"
 NONE = Inverses(torch.empty(0), torch.empty(0))
 
 
@@ -45,11 +51,13 @@ class Operated:
     Attributes:
         ledger: by layer, `dropped`, and `cost`: the loss increase that was predicted for what went, each for itself,
             summed over the shots in nats a token.
+        corrections: losses of what was learned between shots, by correction and step, in nats a token.
         shrunk: what has become smaller, if anything has.
     """
 
     ledger: Ledger
-    shrunk: Shrunk | None
+    corrections: list[list[float]]
+    shrunk: Shrunk | Narrowed | None
 
 
 def prune_by_curvature(
@@ -66,27 +74,37 @@ def prune_by_curvature(
         Problem: weights that are not finite, curvature that cannot be inverted, a quota that cannot be reached, a
             disk that is too small for the inverses.
     """
-    way = _way(task)
+    way, settings = _way(task), task.settings
+    correction = settings.correction if settings.shots > 1 else None
+    if correction:
+        check_correctable(task.source)
     _check_room(work, task, way.layers(), ids)
-    latest = task.source
-    for shot in range(1, task.settings.shots + 1):
-        folder = work / f"shot-{shot}"
-        if not (folder / CHECKPOINT / MANIFEST).exists():
-            _take(way, task, latest, folder, shot, ids, device, dtype)
-        if latest is not task.source:
-            shutil.rmtree(latest.folder.parent)
+    taken = max((shot for shot in range(1, settings.shots + 1) if _is_taken(work, shot)), default=0)
+    latest = Checkpoint(_shot(work, taken) / CHECKPOINT) if taken else task.source
+    for shot in range(taken + 1, settings.shots + 1):
+        folder = _shot(work, shot)
+        if correction and shot > 1:
+            latest = correct(latest, folder, correction, shot, ids, device, dtype)
+        _take(way, task, latest, folder, shot, ids, device, dtype)
         latest = Checkpoint(folder / CHECKPOINT)
-    final = _rounded(latest, task.source, work / "rounded")
-    shrunk = write_smaller(final, way, writer) if isinstance(way, Coupled) else None
-    if shrunk is None:
-        _link(final, writer)
-    return Operated(latest.manifest["pruning"], shrunk)
+        shutil.rmtree(_shot(work, shot - 1), ignore_errors=True)
+    return Operated(latest.manifest["pruning"], latest.manifest["corrections"], _finish(way, latest, writer))
 
 
 def _way(task: Task) -> Way:
     if not isinstance(task.pattern, Structured):
         return Elements(task)
-    return find_coupled(task) if task.pattern.coupled else Lines(task)
+    if task.pattern.coupled:
+        return find_coupled(task)
+    return find_stream(task) if "hidden" in task.pattern.kinds else Lines(task)
+
+
+def _shot(work: Path, shot: int) -> Path:
+    return work / f"shot-{shot}"
+
+
+def _is_taken(work: Path, shot: int) -> bool:
+    return (_shot(work, shot) / CHECKPOINT / MANIFEST).exists()
 
 
 @torch.no_grad()
@@ -105,7 +123,7 @@ def _take(
     layers, masks = way.layers(), before.masks()
     skeleton = Skeleton(before.folder, before.outer(), before.block, device, dtype)
     with torch.enable_grad():
-        for index, factors in factors_by_block(skeleton, ids, layers, folder / "curvature", task.settings.curvature):
+        for index, factors in factors_by_block(skeleton, ids, layers, folder / CURVATURE, task.settings.curvature):
             keep = _masks(before, index, masks)
             write_tensors(_scratch(folder, index), _look_at(way, task, before.block(index), keep, factors, device))
     del skeleton
@@ -114,7 +132,12 @@ def _take(
     writer = CheckpointWriter(folder / CHECKPOINT, before.folder)
     ledger: Ledger = {layer: dict(notes) for layer, notes in before.manifest.get("pruning", {}).items() if shot > 1}
     for index in progress(range(before.depth), what=f"shot {shot} of {task.settings.shots}", unit="block"):
-        tensors, keep = before.block(index), _masks(before, index, masks)
+        keep, last = _masks(before, index, masks), shot == task.settings.shots
+        if not (decisions.keys() & keep.keys() or task.settings.correction or last):
+            writer.link_block(before, index, keep)
+            continue
+        tensors = before.block(index)
+        tensors |= {f"{layer}.weight": tensors[f"{layer}.weight"].float() for layer in keep}
         scratch = _read_scratch(folder, index, device)
         for layer in [layer for layer in keep if layer in decisions]:
             seen, inverses = scratch.get(layer, ({}, NONE))
@@ -126,13 +149,18 @@ def _take(
             notes = ledger.setdefault(layer, {"cost": 0.0})
             notes["cost"] += cost
             notes["dropped"] = float((~left).sum())
+        if last:
+            types = {name: tensor.dtype for name, tensor in task.source.block(index).items()}
+            tensors = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
         writer.write_block(index, tensors, keep)
-    writer.write_outer(before.outer())
-    record = {"blocks": before.blocks, "layers": before.layers}
-    writer.finish(before.depth, record | {"pruning": in_order(ledger, list(before.layers))})
+    outer = before.outer()
+    writer.write_outer(way.outer(outer, decisions) if isinstance(way, Stream) else outer)
+    record = {"blocks": before.blocks, "layers": before.layers, "pruning": in_order(ledger, list(before.layers))}
+    writer.finish(before.depth, record | {"corrections": before.manifest["corrections"] if shot > 1 else []})
     for file in folder.glob("block-*"):
         file.unlink()
-    shutil.rmtree(folder / "curvature", ignore_errors=True)
+    for done in (CURVATURE, CORRECTION, CORRECTED):
+        shutil.rmtree(folder / done, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -211,7 +239,8 @@ def _check_room(work: Path, task: Task, layers: list[str], ids: Tensor) -> None:
     squares = sum(rows**2 + width**2 for rows, width in sizes) if task.updating else 0
     weights = sum(rows * width for rows, width in task.source.layers.values())
     states = task.source.depth * ids.numel() * min(min(sizes, default=[0]))
-    needed = 4 * (squares + 3 * weights) + 2 * states
+    copies = 3 if task.settings.correction is None else 4  # the model before and after, and scores or journals
+    needed = 4 * (squares + copies * weights) + 2 * states
     work.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(work).free) < needed:
         raise Problem(
@@ -221,18 +250,12 @@ def _check_room(work: Path, task: Task, layers: list[str], ids: Tensor) -> None:
         )
 
 
-def _rounded(latest: Checkpoint, source: Checkpoint, folder: Path) -> Checkpoint:
-    """The last shot's weights in the types in which they came, masks proven."""
-    writer, packed = CheckpointWriter(folder, latest.folder), latest.masks()
-    for index in range(latest.depth):
-        types = {name: tensor.dtype for name, tensor in source.block(index).items()}
-        tensors = {name: tensor.to(types[name]) for name, tensor in latest.block(index).items()}
-        writer.write_block(index, tensors, _masks(latest, index, packed))
-    writer.write_outer(source.outer())
-    writer.finish(latest.depth, {"blocks": latest.blocks, "layers": latest.layers})
-    return Checkpoint(folder)
-
-
-def _link(final: Checkpoint, writer: CheckpointWriter) -> None:
+def _finish(way: Way, final: Checkpoint, writer: CheckpointWriter) -> Shrunk | Narrowed | None:
+    """Hands over the files of the last checkpoint, without what can be cut out of them."""
+    if isinstance(way, Coupled):
+        return write_smaller(final, way, writer)
+    if isinstance(way, Stream):
+        return write_narrower(final, way, writer)
     for name in (OUTER, MASKS, *(block_file(index) for index in range(final.depth))):
         writer.link(final, name)
+    return None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from compression.surgeon.correction import Correction
 from compression.surgeon.curvature import Curvature
 
 
@@ -18,6 +19,7 @@ class Settings:
             alone; `none`: what goes is zeroed (OBD).
         correlate: elements that are solved for together, at most; 0: all of a layer.
         multiple: widths that coupled structures leave are multiples of it.
+        correction: what is learned between shots; None: nothing.
     """
 
     curvature: Curvature
@@ -27,3 +29,4 @@ class Settings:
     update: Literal["correlated", "independent", "none"]
     correlate: int
     multiple: int
+    correction: Correction | None = None

@@ -1,4 +1,7 @@
-"""What goes: elements, lines or coupled structures. Each is a way to prune, with the same four questions."""
+"""What goes: elements, lines, coupled structures or dimensions of the stream.
+
+Each is a way to prune, and all answer the same four questions.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -179,7 +179,7 @@ def pruning_goes_on(prune: Prune, imp: Imp, layers: dict[str, list[int]]) -> Ite
 def surgery_is_sound(
     prune: Prune, surgeon: Surgeon, quantize: Quantize, layers: dict[str, list[int]]
 ) -> Iterator[Problem]:
-    """Draws that are taken are looked at, and what is left of an MLP can be quantised."""
+    """Draws that are taken are looked at, corrections lie between shots, widths that are left can be quantised."""
     if prune.method != "surgeon":
         return
     if surgeon.samples > 1 and surgeon.labels == "data":
@@ -188,8 +188,15 @@ def surgery_is_sound(
             f"{surgeon.samples}, but a text has one next token",
             "valid: 1, or labels sampled",
         )
+    if surgeon.correction_steps and surgeon.shots == 1:
+        yield Problem(
+            f"{PARAMS}: surgeon.correction_steps",
+            f"{surgeon.correction_steps}, but corrections lie between shots, and surgeon.shots is 1",
+            "valid: 0, or more shots; behind the last one comes stage retrain",
+        )
     groups = quantize.group_size if quantize.method != "none" else None
-    if isinstance(groups, int) and "units" in prune.pattern.split("+") and surgeon.multiple % groups:
+    narrower = {"units", "hidden"} & set(prune.pattern.split("+"))
+    if isinstance(groups, int) and narrower and surgeon.multiple % groups:
         yield Problem(
             f"{PARAMS}: surgeon.multiple",
             f"widths that are multiples of {surgeon.multiple} are not all multiples of quantize.group_size, {groups}",

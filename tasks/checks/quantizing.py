@@ -65,6 +65,28 @@ def groups_fit(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Pro
         yield problem
 
 
+def groups_fit_heads(prune: Prune, quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Groups fill the inputs of the layers behind an attention however many heads are left."""
+    asked = prune.method == "surgeon" and "heads" in prune.pattern.split("+") and quantize.method != "none"
+    folder = DATA / "model"
+    if not (asked and layers and isinstance(quantize.group_size, int) and (folder / "config.json").exists()):
+        return
+    widths = import_module("compression.surgeon.widths")  # with transformers, for which other runs need not wait
+    try:
+        config = widths.read_config(folder)
+        group = widths.heads(config) // widths.key_value_heads(config) * widths.head_width(config)
+    except Problem as problem:
+        yield problem
+        return
+    if group % quantize.group_size:
+        yield Problem(
+            f"{PARAMS}: quantize.group_size",
+            f"{quantize.group_size} does not divide the {group} outputs of a key/value head's queries, so it may not "
+            "divide what prune.pattern leaves of an attention",
+            f"valid: a divisor of {group}; row, tensor; or a pattern without heads",
+        )
+
+
 def plan_has_scores(quantize: Quantize, sensitivity: Sensitivity, layers: dict[str, list[int]]) -> Iterator[Problem]:
     """Bits are not dealt out by a column, or at a width, that the sensitivity stage does not fill."""
     if not quantize.ranks:
@@ -163,6 +185,7 @@ RULES: list[Rule] = [
     sensitivity_can_be_measured,
     grid_is_passed_on,
     groups_fit,
+    groups_fit_heads,
     plan_has_scores,
     plan_keeps_budget,
     grids_load_together,

@@ -20,4 +20,7 @@ class Surgeon(Section):
     update: Literal["correlated", "independent", "none"]
     correlate: NonNegativeInt
     multiple: PositiveInt
+    correction_steps: NonNegativeInt
+    correction_rank: PositiveInt
+    correction_learning_rate: PositiveFloat
     seed: NonNegativeInt

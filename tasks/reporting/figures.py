@@ -1,5 +1,6 @@
 """The figures as numbers: metrics.json for `dvc metrics`, and a tidy table for each plot."""
 
+from math import prod
 from typing import Any
 
 import pandas as pd
@@ -7,8 +8,8 @@ import pandas as pd
 from tasks.reporting.inputs import Kernels, Row, Run, Speed
 
 KEPT = {
-    "perplexity", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain", "memorisation",
-    "membership", "answers", "harm",
+    "perplexity", "parameters", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain",
+    "memorisation", "membership", "answers", "harm",
 }  # fmt: skip
 FORGETTING = ("probability", "exact_memorisation", "extraction_strength", "rouge_l_recall")
 OF_KERNELS = {"layers", "weight_bytes", "logits_error"}
@@ -16,7 +17,7 @@ OF_KERNELS = {"layers", "weight_bytes", "logits_error"}
 
 def metrics(run: Run) -> dict[str, Any]:
     """Nested numbers by checkpoint; a missing number leaves its key out."""
-    return {name: _known(_figures(row)) for name, row in run.items()}
+    return {name: _known(_figures(row) | {"removed": removed(row, run["dense"])}) for name, row in run.items()}
 
 
 def tables(run: Run, layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -32,17 +33,42 @@ def tables(run: Run, layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "perplexity_bytes": perplexity_bytes(run),
         "losses": losses(run),
         "forgetting": forgetting(run),
+        "pruning_costs": pruning_costs(run),
     }
 
 
+def cut(row: Row, dense: Row) -> float:
+    """Share of the dense model's weights, in the linears of its blocks, that were cut out: they are not stored."""
+    return 1 - row.figures.prunable_parameters / dense.figures.prunable_parameters
+
+
+def removed(row: Row, dense: Row) -> float:
+    """Share of the dense model's weights, in the linears of its blocks, that are gone: masked or cut out."""
+    gone = cut(row, dense)
+    return gone + (1 - gone) * row.figures.sparsity
+
+
 def layer_sparsity(run: Run) -> pd.DataFrame:
-    """A row per layer of every checkpoint that has a mask."""
+    """A row per layer of every checkpoint that has a mask: the share of the dense layer that is masked or cut out."""
     found = [
-        (layer, block_of(layer), name, share)
+        (layer, block_of(layer), name, gone + (1 - gone) * share)
         for name, row in run.items()
         for layer, share in row.figures.layer_sparsity.items()
+        for gone in [_layer_cut(layer, row, run["dense"])]
     ]
     return pd.DataFrame(found, columns=["layer", "block", "checkpoint", "sparsity"])
+
+
+def _layer_cut(layer: str, row: Row, dense: Row) -> float:
+    shapes = [one.manifest.layers.get(layer) for one in (row, dense)]
+    now, before = [prod(shape) if shape else None for shape in shapes]
+    return 1 - now / before if now and before else 0.0
+
+
+def pruning_costs(run: Run) -> pd.DataFrame:
+    """A row per layer whose loss increase was predicted when it was pruned, in nats a token."""
+    found = [(layer, block_of(layer), cost) for layer, cost in run["pruned"].manifest.costs.items()]
+    return pd.DataFrame(found, columns=["layer", "block", "cost"])
 
 
 def perplexity_bytes(run: Run) -> pd.DataFrame:

@@ -1,10 +1,11 @@
 """Numbers and words for people. A number that is not known is an en dash."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DASH = "–"
+STRUCTURES = {"units": "hidden units", "heads": "key/value heads", "hidden": "dimensions of the residual stream"}
 
 
 def number(value: float | None, digits: int = 1, unit: str = "", sign: bool = False) -> str:
@@ -46,6 +47,11 @@ def rise(value: float | None, base: float | None) -> float | None:
 def listed(words: Sequence[str]) -> str:
     """One, two and three."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def structures(widths: Mapping[str, int]) -> str:
+    """How many structures of each kind there are: 1,280 hidden units and 2 key/value heads."""
+    return listed([f"{number(width, 0)} {STRUCTURES.get(kind, kind)}" for kind, width in widths.items()])
 
 
 def setting(value: Any) -> str:

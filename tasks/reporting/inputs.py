@@ -67,9 +67,11 @@ class Harm(Record):
 
 
 class Evaluation(Record):
-    """data/evaluation/X.json. Shares from 0 to 1."""
+    """data/evaluation/X.json. Shares from 0 to 1, of what the checkpoint has itself."""
 
     perplexity: dict[str, Number]
+    parameters: int
+    prunable_parameters: int
     sparsity: float
     zeros: float
     revived_weights: int
@@ -149,8 +151,24 @@ class Training(Record):
         return {name: curve for name, curve in curves.items() if curve}
 
 
+class Shrunk(Record):
+    """What pruning has cut out of every tensor.
+
+    `widths`: how many structures of each kind every block has now. `padding`: weights of the linears that only make
+    all blocks as wide as the widest.
+    """
+
+    widths: dict[str, int]
+    padding: int
+
+
 class Manifest(Record):
-    """data/X/manifest.json: how a checkpoint came about."""
+    """data/X/manifest.json: how a checkpoint came about.
+
+    `layers`: shape [out, in] of each linear in the blocks. `surgeon`: what pruning by curvature was told beside
+    `parameters`. `pruning`: what the method noted about each layer. `corrections`: losses by step of what was learned
+    between shots.
+    """
 
     stage: str
     source: str
@@ -158,6 +176,11 @@ class Manifest(Record):
     parameters: dict[str, Any]
     inputs: dict[str, str]
     versions: dict[str, str]
+    layers: dict[str, list[int]] = {}
+    surgeon: dict[str, Any] = {}
+    pruning: dict[str, dict[str, Number]] = {}
+    corrections: list[list[float]] = []
+    shrunk: Shrunk | None = None
     training: Training | None = None
     quantization: dict[str, Any] = {}
 
@@ -166,6 +189,21 @@ class Manifest(Record):
         """None where the stage passed the checkpoint through, and for the download."""
         method = self.parameters.get("method")
         return None if method == "none" else method
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the stage was told."""
+        return self.parameters | {f"surgeon.{key}": value for key, value in self.surgeon.items()}
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """By layer, the loss increase that was predicted for what went from it, in nats a token.
+
+        Empty where the hidden width shrank: costs of its dimensions rank them, but are no forecast.
+        """
+        if self.shrunk and "hidden" in self.shrunk.widths:
+            return {}
+        return {layer: cost for layer, notes in self.pruning.items() if (cost := notes.get("cost")) is not None}
 
     @property
     def bits(self) -> dict[str, int]:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
-from tasks.reporting.figures import answer_share
-from tasks.reporting.formatting import listed, megabytes, number, percent, ratio, rise, times
+from tasks.reporting.figures import answer_share, cut
+from tasks.reporting.formatting import listed, megabytes, number, percent, ratio, rise, structures, times
 from tasks.reporting.inputs import Run
 
 SAME_BYTES = 0.02  # two sizes closer than this share are told as the same
@@ -30,7 +30,8 @@ def notes(run: Run, sensitive: bool) -> list[str]:
     Args:
         sensitive: whether the sensitivity of the blocks was measured.
     """
-    found = [*_size(run), *_zeros(run), *_quality(run), *_forgetting(run), *_source(run), *_loading(run), *_speed(run)]
+    tellers = (_size, _smaller, _zeros, _surgery, _quality, _forgetting, _source, _loading, _speed)
+    found = [note for tell in tellers for note in tell(run)]
     if not sensitive:
         found.append("The loss increase of the blocks was not measured: no block could be given more bits for it.")
     return found
@@ -50,6 +51,44 @@ def _size(run: Run) -> Iterator[str]:
         yield f"The mask ledger of the unlearned checkpoint, {megabytes(masks)} MB, is not counted in its size."
 
 
+def _smaller(run: Run) -> Iterator[str]:
+    """What was cut out, and what is there only to fill up."""
+    dense, pruned = run["dense"], run["pruned"]
+    if (shrunk := pruned.manifest.shrunk) is None:
+        return
+    if gone := cut(pruned, dense):
+        left = pruned.figures.parameters / dense.figures.parameters
+        yield (
+            f"Pruning has made the model smaller, not only sparser: {percent(gone)} of the weights in the linear "
+            f"layers of its blocks were cut out. It has {number(pruned.figures.parameters, 0)} parameters, "
+            f"{percent(1 - left)} fewer than the dense one, and {structures(shrunk.widths)} in every block."
+        )
+    if shrunk.padding:
+        share = percent(shrunk.padding / pruned.figures.prunable_parameters)
+        whole = "" if gone else "Nothing could be cut out, since some block keeps all that it had. "
+        yield (
+            "Blocks keep different widths, but transformers builds all as wide as the widest: "
+            f"{number(shrunk.padding, 0)} weights, {share} of those that are left in the linear layers, are zeros that "
+            f"fill the others up. {whole}They count as removed, yet take their bytes and their time."
+        )
+
+
+def _surgery(run: Run) -> Iterator[str]:
+    """What pruning by curvature had expected, beside what came of it."""
+    manifest = run["pruned"].manifest
+    if not (manifest.surgeon and manifest.costs):
+        return
+    shots = manifest.surgeon["shots"]
+    before, after = (run[name].figures.retain.loss for name in ("dense", "pruned"))
+    rose = rise(after, before)
+    came = f"; that on retained text changed by {number(rose, 2, sign=True)}" if rose is not None else ""
+    yield (
+        f"LLM Surgeon pruned in {number(shots, 0)} shot{'' if shots == 1 else 's'} and predicted that the loss on its "
+        f"calibration text would rise by {number(sum(manifest.costs.values()), 2)} nats a token, each part that went "
+        f"seen for itself{came}."
+    )
+
+
 def _zeros(run: Run) -> Iterator[str]:
     more = [
         f"{name} ({percent(row.figures.zeros)} against {percent(row.figures.sparsity)})"
@@ -59,7 +98,7 @@ def _zeros(run: Run) -> Iterator[str]:
     if more:
         yield (
             f"More prunable weights are exactly zero than the mask removes in {listed(more)}: the others were zero "
-            "in the source or were rounded to it. Sparsity in the table counts the mask alone."
+            "in the source or were rounded to it. The table does not count them as removed."
         )
 
 

@@ -9,11 +9,23 @@ import pandas as pd
 
 from compression.evaluation.effectiveness import effectiveness
 from tasks.reporting import formatting
-from tasks.reporting.figures import FORGETTING, answer_share, block_of, in_block, known, privacy_leakage
-from tasks.reporting.formatting import listed, megabytes, number, percent, perplexity, ratio, rise, setting, times
+from tasks.reporting.figures import FORGETTING, answer_share, block_of, cut, in_block, known, privacy_leakage, removed
+from tasks.reporting.formatting import (
+    STRUCTURES,
+    listed,
+    megabytes,
+    number,
+    percent,
+    perplexity,
+    ratio,
+    rise,
+    setting,
+    structures,
+    times,
+)
 from tasks.reporting.inputs import Manifest, Run, Training
 from tasks.reporting.notes import NOISE, alarms, notes, timing_spread
-from tasks.reporting.plots import Plot, forgetting, layer_sparsity, losses, perplexity_bytes, sensitivity
+from tasks.reporting.plots import Plot, forgetting, layer_sparsity, losses, perplexity_bytes, pruning_costs, sensitivity
 
 METHODS = {
     "magnitude": "magnitude pruning",
@@ -22,6 +34,7 @@ METHODS = {
     "magnitude_obs": "magnitude with SparseGPT's update",
     "wanda_obs": "Wanda with SparseGPT's update",
     "alps": "ALPS",
+    "surgeon": "LLM Surgeon",
     "subset": "training a few parameters",
     "mask_lora": "masked LoRA",
     "scale_lora": "ScaleLoRA",
@@ -76,8 +89,8 @@ def render(template: str, page: dict[str, Any]) -> str:
     for word in ("number", "percent", "megabytes", "perplexity", "times", "setting"):
         environment.filters[word] = getattr(formatting, word)
     environment.filters["cell"] = _cell
-    calls = {"ratio": ratio, "known": known, "answer_share": answer_share, "privacy_leakage": privacy_leakage}
-    return environment.get_template(template).render(page, **calls)
+    calls = (ratio, known, answer_share, privacy_leakage, removed, cut)
+    return environment.get_template(template).render(page, **{call.__name__: call for call in calls})
 
 
 def _cell(value: str) -> str:
@@ -100,19 +113,29 @@ def _headline(run: Run, name: str) -> str:
 def _deeds(run: Run) -> list[str]:
     """A phrase for every stage that did something."""
     pruned, trained = run["pruned"], run["retrained"].manifest.training
-    pattern = pruned.manifest.parameters.get("pattern", "")
-    shape = f" in a {pattern} pattern" if ":" in pattern else ""
+    gone = percent(removed(pruned, run["dense"]), 0)
+    shape = _shape(pruned.manifest) + (" cut out" if cut(pruned, run["dense"]) else "")
     bits = listed([str(one) for one in sorted(set(run["quantized"].manifest.bits.values()))] or ["?"])
     share = percent(trained.trainable_share) if trained else ""
     deeds = {
         "taught": "taught a text by heart",
-        "pruned": f"pruned by {{}} ({percent(pruned.figures.sparsity, 0)} of the weights in its linear layers{shape})",
+        "pruned": f"pruned by {{}} ({gone} of the weights in its linear layers{shape})",
         "retrained": f"retrained by {{}} ({share} of the parameters)",
         "quantized": f"quantised to {bits} bits by {{}}",
         "unlearned": "made to unlearn a text by {}",
     }
     methods = {name: run[name].manifest.method for name in deeds if name in run}
     return [deeds[name].format(METHODS.get(method, method)) for name, method in methods.items() if method]
+
+
+def _shape(manifest: Manifest) -> str:
+    """In which shapes weights went."""
+    pattern = manifest.parameters.get("pattern", "unstructured")
+    if pattern == "unstructured":
+        return ""
+    if ":" in pattern:
+        return f" in a {pattern} pattern"
+    return f", whole {listed([STRUCTURES.get(kind, kind) for kind in pattern.split('+')])}"
 
 
 def _block_errors(training: Training) -> str:
@@ -160,8 +183,10 @@ def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:
     bits = {layer: one for layer, one in stored.items() if in_block(layer)}
     least, most = min(bits.values(), default=0), max(bits.values(), default=0)
     fine = {block_of(layer) for layer, one in bits.items() if one > least}
+    costs = tables["pruning_costs"]
     return [
         layer_sparsity(tables["layer_sparsity"]),
+        *([] if costs.empty else [pruning_costs(costs)]),
         sensitivity(tables["sensitivity"], fine, most),
         perplexity_bytes(tables["perplexity_bytes"]),
         losses(tables["losses"]),
@@ -171,7 +196,17 @@ def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:
 
 def _details(manifest: Manifest) -> dict[str, str]:
     """What a stage was told, and what it says of itself."""
-    told = {key: setting(value) for key, value in manifest.parameters.items()}
+    told = {key: setting(value) for key, value in manifest.settings.items()}
+    if costs := manifest.costs:
+        worst = max(costs, key=lambda layer: costs[layer])
+        most = f"most in {worst} with {costs[worst]:.3g}"
+        told["predicted loss increase"] = f"{number(sum(costs.values()), 3)} nats a token; {most}"
+    if manifest.corrections:
+        learned = [f"{number(losses[0], 3)} → {number(losses[-1], 3)}" for losses in manifest.corrections]
+        told["losses of the corrections between shots"] = listed(learned)
+    if shrunk := manifest.shrunk:
+        told["width of every block"] = structures(shrunk.widths)
+        told["padding"] = f"{number(shrunk.padding, 0)} weights"
     if training := manifest.training:
         if training.trainable_parameters is not None:
             share = percent(training.trainable_share, 2)

@@ -8,9 +8,19 @@ from typing import Any
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.colors import ListedColormap, to_rgba
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    FormatStrFormatter,
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
-from tasks.reporting.formatting import listed, percent
+from tasks.reporting.formatting import listed, number, percent
 from tasks.reporting.measures import MEASURES
 from tasks.reporting.svg import ACCENT, INK, MUTED, PAPER, SECOND, STYLE, canvas, inline
 
@@ -45,7 +55,7 @@ class Plot:
 
 @rc_context(STYLE)
 def layer_sparsity(table: pd.DataFrame) -> Plot:
-    """A field a layer, a column a block: the deeper the colour, the more weights are gone.
+    """Fields as `_fields` draws them: the deeper the colour, the more weights are gone.
 
     Args:
         table: columns layer, block, checkpoint, sparsity. The last checkpoint in it is drawn.
@@ -54,21 +64,28 @@ def layer_sparsity(table: pd.DataFrame) -> Plot:
     if table.empty:
         return Plot(name, title, "No checkpoint has a mask: nothing was pruned.")
     drawn = table[table["checkpoint"] == table["checkpoint"].iloc[-1]]
-    kinds = drawn["layer"].str.replace(r"^.*?\.\d+\.", "", regex=True).str.replace(r"\.\d+", ".*", regex=True)
-    grid = drawn.assign(kind=kinds).pivot_table("sparsity", "kind", "block", sort=False)  # experts share a field
-    figure, (axes,) = canvas(96 + 26 * len(grid), 1, 1)
-    fields = axes.pcolormesh(grid, cmap=SHADES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=3)
-    axes.set_yticks([row + 0.5 for row in range(len(grid))], grid.index)
-    axes.invert_yaxis()
-    shown = range(0, grid.shape[1], math.ceil(grid.shape[1] / 16))
-    axes.set_xticks([place + 0.5 for place in shown], [str(grid.columns[place]) for place in shown])
-    axes.set_xlabel("block")
-    axes.spines[:].set_visible(False)
-    key = figure.colorbar(fields, ax=axes, format=PercentFormatter(1, 0), ticks=[0, 0.5, 1], aspect=12, pad=0.01)
-    key.outline.set_visible(False)
+    figure = _fields(drawn, "sparsity", 1, [0, 0.5, 1], PercentFormatter(1, 0))
     least, most = percent(drawn["sparsity"].min()), percent(drawn["sparsity"].max())
     spread = f"{least} in every layer" if least == most else f"from {least} to {most} a layer"
-    return Plot(name, title, f"Share of the weights that the mask removes: {spread}.", inline(figure, name))
+    return Plot(name, title, f"Share of a layer's weights that are gone: {spread}.", inline(figure, name))
+
+
+@rc_context(STYLE)
+def pruning_costs(table: pd.DataFrame) -> Plot:
+    """Fields as `_fields` draws them: the deeper the colour, the more was expected to be lost with what went.
+
+    Args:
+        table: columns layer, block, cost; a row at least.
+    """
+    name, most, worst = "pruning_costs", table["cost"].max(), table["layer"].iloc[table["cost"].argmax()]
+    deepest = most or 1.0  # nothing went
+    figure = _fields(table, "cost", deepest, [0, deepest / 2, deepest], FormatStrFormatter("%.2g"))
+    total = number(table["cost"].sum(), 3)
+    caption = (
+        f"Loss increase that was predicted for what went from a layer, in nats a token: {total} in all, most in "
+        f"{worst} with {most:.3g}. What a hidden unit or a head costs stands at the layer that reads it."
+    )
+    return Plot(name, "What pruning was expected to cost", caption, inline(figure, name))
 
 
 @rc_context(STYLE)
@@ -184,6 +201,28 @@ def forgetting(table: pd.DataFrame) -> Plot:
         axes.set_axis_off()
     caption = "Unlearning should bring the text to forget down to the control text, and leave that one where it is."
     return Plot(name, title, caption, inline(figure, name))
+
+
+def _fields(table: pd.DataFrame, column: str, most: float, ticks: list[float], form: Formatter) -> Figure:
+    """A field a layer, a column a block, from 0 in the lightest colour to `most` in the deepest.
+
+    Args:
+        table: columns layer, block and `column`.
+        ticks, form: of the key beside them.
+    """
+    kinds = table["layer"].str.replace(r"^.*?\.\d+\.", "", regex=True).str.replace(r"\.\d+", ".*", regex=True)
+    grid = table.assign(kind=kinds).pivot_table(column, "kind", "block", sort=False)  # experts share a field
+    figure, (axes,) = canvas(96 + 26 * len(grid), 1, 1)
+    fields = axes.pcolormesh(grid, cmap=SHADES, vmin=0, vmax=most, edgecolors=PAPER, linewidth=3)
+    axes.set_yticks([row + 0.5 for row in range(len(grid))], grid.index)
+    axes.invert_yaxis()
+    shown = range(0, grid.shape[1], math.ceil(grid.shape[1] / 16))
+    axes.set_xticks([place + 0.5 for place in shown], [str(grid.columns[place]) for place in shown])
+    axes.set_xlabel("block")
+    axes.spines[:].set_visible(False)
+    key = figure.colorbar(fields, ax=axes, format=form, ticks=ticks, aspect=12, pad=0.01)
+    key.outline.set_visible(False)
+    return figure
 
 
 def _scatter(axes: Any, points: pd.DataFrame, logarithmic: bool) -> None:

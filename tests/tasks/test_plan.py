@@ -82,8 +82,18 @@ def test_ceiling_is_kept_with_fewer_bytes_the_higher_it_is() -> None:
 
 def test_a_score_without_costs_ranks_layers_by_its_weights() -> None:
     (group,) = [("model.layers.1.mlp.down_proj",)]
-    costs = group_costs(table().set_index("layer"), "outlier_ratio", [group], [4, 5, 16])
+    costs = group_costs(table().set_index("layer"), "outlier_ratio", [group], [4, 5, 16], LAYERS)
     assert costs[group] == {4: pytest.approx(0.1 * 4096 / 4**4), 5: pytest.approx(0.1 * 4096 / 4**5), 16: 0.0}
+
+
+def test_a_layer_that_pruning_made_smaller_costs_less() -> None:
+    """The table tells of the dense model; weights that were cut out are not rounded."""
+    smaller = LAYERS | {layer: [64, 16] for layer in LAYERS if "down" in layer}
+    groups = [("model.layers.1.mlp.down_proj",), ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj")]
+    rows = table().set_index("layer")
+    before, after = (group_costs(rows, "outlier_ratio", groups, [4], layers) for layers in (LAYERS, smaller))
+    assert after[groups[0]][4] == pytest.approx(before[groups[0]][4] / 4)
+    assert after[groups[1]] == before[groups[1]]
 
 
 @pytest.mark.parametrize(

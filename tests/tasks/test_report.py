@@ -226,6 +226,7 @@ def test_the_folder_holds_what_dvc_is_told(root: Path) -> None:
         "plots/layer_sparsity.csv",
         "plots/losses.csv",
         "plots/perplexity_bytes.csv",
+        "plots/pruning_costs.csv",
         "plots/sensitivity.csv",
     ]
 
@@ -613,6 +614,126 @@ def test_notes_are_kept_back_where_it_does_not(root: Path) -> None:
         "cost the model its language",
     ):
         assert sentence not in html
+
+
+def shrink(root: Path, padding: int, **widths: int) -> None:
+    """Pruning has cut out a third of each q_proj and a fifth of each down_proj, and filled up with so many zeros."""
+    before, after = (
+        {layer: shape for layer in LAYERS for kind, shape in shapes.items() if layer.endswith(kind)}
+        for shapes in (
+            {"q_proj": [15, 20], "down_proj": [30, 30]},
+            {"q_proj": [10, 20], "down_proj": [30, 24]},
+        )
+    )
+    dense, left = BLOCKS * 1200, BLOCKS * 920
+    change(root, "data/model/manifest.json", layers=before)
+    change(root, "data/evaluation/dense.json", parameters=10_000, prunable_parameters=dense)
+    shrunk = {"widths": widths, "padding": padding, "layers": before}
+    for name, folder in zip(NAMES[1:], FOLDERS[1:], strict=True):
+        change(root, f"data/{folder}/manifest.json", layers=after, **{"shrunk": shrunk} if name == "pruned" else {})
+        change(
+            root,
+            f"data/evaluation/{name}.json",
+            parameters=10_000 - dense + left,
+            prunable_parameters=left,
+            sparsity=padding / left,
+            layer_sparsity=dict.fromkeys(LAYERS, padding / left),
+        )
+
+
+def test_what_was_cut_out_is_removed_although_no_mask_tells(root: Path) -> None:
+    shrink(root, 0, units=1280, heads=2)
+    change(root, "data/pruned/manifest.json", parameters={"method": "surgeon", "pattern": "units+heads"})
+    out = report(root)
+    html = (out / "index.html").read_text()
+    removed = {name: " ".join(cells[2].split()) for name, cells in figures_rows(html).items()}
+    assert removed == {"dense": "0.0 %"} | dict.fromkeys(NAMES[1:], "23.3 % 23.3 % cut")
+    for text in (Page(html).text, (out / "README.md").read_text().replace("\u00a0", " ")):
+        assert "(23 % of the weights in its linear layers, whole hidden units and key/value heads cut out)" in text
+        assert (
+            "23.3 % of the weights in the linear layers of its blocks were cut out. It has 8,320 parameters, 16.8 % "
+            "fewer than the dense one, and 1,280 hidden units and 2 key/value heads in every block."
+        ) in text
+        assert "zeros that fill" not in text
+        assert "take the same bytes as the dense one" not in text
+    assert '<th scope="row">width of every block</th><td>1,280 hidden units and 2 key/value heads</td>' in html
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["unlearned"]["removed"] == pytest.approx(0.23333, abs=1e-5)
+    assert (metrics["unlearned"]["sparsity"], metrics["unlearned"]["parameters"]) == (0.0, 8320)
+    assert metrics["dense"]["removed"] == 0.0
+    table = pd.read_csv(out / "plots/layer_sparsity.csv").query("checkpoint == 'retrained'").set_index("layer")
+    shares = {"q_proj": 1 / 3, "down_proj": 0.2}
+    for layer, share in table["sparsity"].items():
+        assert share == pytest.approx(shares[str(layer).rpartition(".")[2]])
+
+
+def test_padding_counts_as_removed_but_is_told_apart(root: Path) -> None:
+    shrink(root, 552, units=1536)
+    out = report(root)
+    html = (out / "index.html").read_text()
+    assert " ".join(figures_rows(html)["unlearned"][2].split()) == "31.0 % 23.3 % cut"
+    assert "552 weights, 10.0 % of those that are left in the linear layers, are zeros that fill" in Page(html).text
+    table = pd.read_csv(out / "plots/layer_sparsity.csv").query("checkpoint == 'pruned'").set_index("layer")
+    assert table.loc[LAYERS[0], "sparsity"] == pytest.approx(1 - 2 / 3 * 0.9)
+    dense = json.loads((root / "data/evaluation/dense.json").read_text())
+    change(root, "data/evaluation/pruned.json", prunable_parameters=dense["prunable_parameters"], sparsity=0.1)
+    html = (report(root) / "index.html").read_text()
+    assert "Nothing could be cut out, since some block keeps all that it had." in html
+    assert "made the model smaller" not in html
+
+
+SURGEON = {"curvature": "kfac", "shots": 3, "update": "correlated"}
+
+
+def test_the_surgeon_tells_its_shots_and_what_it_expected(root: Path) -> None:
+    ledger = {layer: {"cost": 0.01 * place, "dropped": 9.0} for place, layer in enumerate(LAYERS)}
+    change(
+        root,
+        "data/pruned/manifest.json",
+        parameters={"method": "surgeon", "pattern": "rows+columns"},
+        surgeon=SURGEON,
+        pruning=ledger,
+        corrections=[[3.5, 3.4], [3.6, 3.25]],
+    )
+    out = report(root)
+    html, card = (out / "index.html").read_text(), (out / "README.md").read_text()
+    text = Page(html).text
+    assert "pruned by LLM Surgeon (50 % of the weights in its linear layers, whole rows and columns)" in text
+    note = "LLM Surgeon pruned in 3 shots and predicted that the loss on its calibration text would rise by 0.66 nats"
+    assert note in text
+    assert note in card
+    assert "that on retained text changed by +0.80" in text
+    told = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', html.replace("\u00a0", " ")))
+    assert told["surgeon.shots"] == "3"
+    assert told["predicted loss increase"] == f"0.660 nats a token; most in {LAYERS[-1]} with 0.11"
+    assert told["losses of the corrections between shots"] == "3.500 → 3.400 and 3.600 → 3.250"
+    assert "surgeon.shots: 3" in card
+    costs = pd.read_csv(out / "plots/pruning_costs.csv")
+    assert costs["layer"].tolist() == LAYERS
+    assert costs["cost"].tolist() == pytest.approx([0.01 * place for place in range(len(LAYERS))])
+    assert [tag for tag, _ in Page(html).tags].count("svg") == 6
+    assert f"0.660 in all, most in {LAYERS[-1]} with 0.11" in text
+    change(root, "data/pruned/manifest.json", pruning={layer: {"cost": 0.0} for layer in LAYERS})
+    assert "0.000 in all" in (report(root) / "index.html").read_text()
+
+
+def test_a_ranking_is_not_told_as_a_forecast(root: Path) -> None:
+    """What dimensions of the hidden width cost only ranks them."""
+    shrink(root, 0, hidden=512)
+    ledger = {layer: {"cost": 9.0, "dropped": 9.0} for layer in LAYERS}
+    settings = {"method": "surgeon", "pattern": "hidden"}
+    change(root, "data/pruned/manifest.json", parameters=settings, surgeon=SURGEON, pruning=ledger)
+    html = (report(root) / "index.html").read_text()
+    assert "whole dimensions of the residual stream cut out" in html
+    assert "512 dimensions of the residual stream" in html
+    assert "predicted" not in html
+
+
+def test_notes_of_other_methods_are_no_costs(root: Path) -> None:
+    change(root, "data/pruned/manifest.json", pruning={layer: {"error": math.nan} for layer in LAYERS})
+    out = report(root)
+    assert "predicted" not in (out / "index.html").read_text()
+    assert pd.read_csv(out / "plots/pruning_costs.csv").empty
 
 
 def test_noisy_timings_are_not_compared(root: Path) -> None:
