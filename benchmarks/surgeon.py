@@ -88,7 +88,9 @@ def ours(arm: Arm, ids: Any, folder: Path) -> None:
     document = load()
     document["surgeon"] |= {"curvature": arm.curvature, "update": arm.update, "shots": arm.shots} | arm.settings
     options = read(Surgeon, document)
-    curvature = Curvature(options.curvature, options.labels, options.samples, options.passes, options.seed)
+    curvature = Curvature(
+        options.curvature, options.labels, options.samples, options.passes, options.seed, options.weighted
+    )
     keys = {"damping_inputs", "damping_outputs", "shots", "update", "correlate", "multiple"}
     settings = Settings(curvature, **options.model_dump(include=keys))
     source, device = Checkpoint(DATA / "model"), torch.device("cpu")

@@ -76,7 +76,9 @@ def _prune(stage: Stage, source: Checkpoint, folder: Path, method: ModuleType, p
 def _operate(stage: Stage, source: Checkpoint, folder: Path, params: Prune) -> None:
     """The whole model at once."""
     options = read(Surgeon)
-    curvature = Curvature(options.curvature, options.labels, options.samples, options.passes, options.seed)
+    curvature = Curvature(
+        options.curvature, options.labels, options.samples, options.passes, options.seed, options.weighted
+    )
     learned = options.correction_steps, options.correction_rank, options.correction_learning_rate, options.seed
     correction = Correction(*learned) if options.correction_steps else None
     keys = {"damping_inputs", "damping_outputs", "shots", "update", "correlate", "multiple"}

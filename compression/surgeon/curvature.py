@@ -4,12 +4,17 @@ For a layer with inputs a and gradients g of a sequence's summed loss with respe
 that is always 1, the Fisher matrix of a token is the mean over tokens of (g g^T) (x) (a a^T). It stands for
 
     A = mean a a^T,   G = mean g g^T                         passes 0: as if a and g were independent (K-FAC)
+    A = mean |g|^2 a a^T / mean |g|^2                        weighted: what the Fisher matrix, traced over outputs, has
     G <- mean (a^T A a) g g^T / ||A||^2                      passes 1, 3, ...
     A <- mean (g^T G g) a a^T / ||G||^2                      passes 2, 4, ...
 
 K-FAC is Martens and Grosse's (2015, arXiv 1503.05671); the passes are the power iteration towards the nearest Kronecker
 product (Van Loan and Pitsianis 1993) that LLM Surgeon offers, a half step each, begun at A. Means are over all N T
 tokens; the last of a sequence predicts nothing, and its g is zero.
+
+Weighted, tr_R (G (x) A) = tr(G) A is the Fisher matrix's own, and so is the product's trace. It matters where a few
+tokens have inputs a hundred times as long as others' and next to no gradient, as the first of a sequence often has:
+taken for independent, they rule A, and layers where there are such tokens look as if nothing could be spared.
 
 The loss is that of the text's own next tokens (empirical Fisher), or of tokens drawn from what the model predicts. Of
 these each draw is sent back by itself, since the mean of outer products is not the outer product of a mean.
@@ -35,6 +40,7 @@ from compression.core.skeleton import Skeleton, linears
 from compression.statistics import Gram
 from compression.surgeon.factors import Factors
 
+TINY = torch.finfo(torch.float32).tiny
 ROWS = 64  # tokens whose float32 probabilities are alive at a time
 
 
@@ -49,6 +55,7 @@ class Curvature:
         samples: how many are drawn at each place.
         passes: half steps towards the nearest Kronecker product, each one more run of every block.
         seed: of the draws.
+        weighted: whether a token counts in A by the square of its gradient.
     """
 
     kind: Literal["kfac", "activations", "identity"] = "kfac"
@@ -56,6 +63,7 @@ class Curvature:
     samples: int = 1
     passes: int = 0
     seed: int = 0
+    weighted: bool = False
 
 
 def factors_by_block(
@@ -81,7 +89,7 @@ def factors_by_block(
     Yields:
         A block's number and the factors of its layers by name, on the skeleton's device. Blocks without such layers
         are left out. The last block comes first, but with `activations` the first one. Layers that have the same
-        input (q, k and v; gate and up) share one tensor `inputs`, unless it has been refined (passes > 1).
+        input (q, k and v; gate and up) share one tensor `inputs`, unless each has its own (weighted, passes > 1).
 
     Raises:
         Problem: the model is an encoder, which has no loss of its own to send back; inputs or gradients are not finite.
@@ -143,25 +151,29 @@ def _kfac(
     for visit in sweep(skeleton, parts, _sender(skeleton, curvature), folder, what, min(blocks)):
         if visit.index in blocks:
             watch = _Watch({layer: visit.layers[layer] for layer in blocks[visit.index]})
-            factors = _factors(visit, watch, curvature.passes)
+            factors = _factors(visit, watch, curvature)
             watch.close()
             yield visit.index, factors
 
 
-def _factors(visit: Visit, watch: "_Watch", passes: int) -> dict[str, Factors]:
+def _factors(visit: Visit, watch: "_Watch", curvature: Curvature) -> dict[str, Factors]:
     """Runs the block once, and once more for each pass."""
-    seen: dict[str, _Moment] = {}
+    seen = {layer: watch.input_moment(layer) for layer in watch.layers if curvature.weighted}
     sent = watch.output_moments()
-    for draw, gradients in visit.gradients(watch.outputs, again=passes > 0):
-        if draw == 0:
+    for draw, gradients in visit.gradients(watch.outputs, again=curvature.passes > 0):
+        if draw == 0 and not curvature.weighted:
             watch.add_inputs(seen)
         for layer, gradient in zip(watch.layers, gradients, strict=True):
             sent[layer].add(gradient)
-    inputs = watch.shared(seen)
+            if curvature.weighted:
+                seen[layer].add(watch.inputs[layer], _multiplied(gradient).float().square().sum(1))
+    inputs = _means(seen) if curvature.weighted else watch.shared(seen)
     outputs = _means(sent)
-    for turn in range(passes):
+    if curvature.weighted:  # tr G is mean |g|^2; where no gradient comes back, nothing is divided by nothing
+        inputs = {layer: matrix / outputs[layer].trace().clamp(min=TINY) for layer, matrix in inputs.items()}
+    for turn in range(curvature.passes):
         sides = (inputs, outputs) if turn % 2 == 0 else (outputs, inputs)
-        sides[1].update(_refined(visit, watch, sides[0], of_outputs=turn % 2 == 0, again=turn + 1 < passes))
+        sides[1].update(_refined(visit, watch, sides[0], of_outputs=turn % 2 == 0, again=turn + 1 < curvature.passes))
     return {layer: Factors(inputs[layer], outputs[layer]) for layer in watch.layers}
 
 
@@ -175,9 +187,8 @@ def _refined(
             pair = (gradient, watch.inputs[layer])
             own, opposite = pair if of_outputs else pair[::-1]
             moments[layer].add(own, _quadratic(opposite, other[layer]))
-    tiny = torch.finfo(torch.float32).tiny  # where no gradient comes back, nothing is divided by nothing
     return {
-        layer: matrix / other[layer].double().square().sum().clamp_(min=tiny)
+        layer: matrix / other[layer].double().square().sum().clamp_(min=TINY)  # where nothing comes back
         for layer, matrix in _means(moments).items()
     }
 

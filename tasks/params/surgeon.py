@@ -13,6 +13,7 @@ class Surgeon(Section):
     curvature: Literal["kfac", "activations", "identity"]
     labels: Literal["data", "sampled"]
     samples: PositiveInt
+    weighted: bool
     passes: NonNegativeInt
     damping_inputs: PositiveFloat
     damping_outputs: PositiveFloat

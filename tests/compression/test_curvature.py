@@ -22,8 +22,15 @@ ACTIVATIONS = Curvature("activations")
 IDENTITY = Curvature("identity")
 EVERY_KIND = pytest.mark.parametrize(
     "curvature",
-    [KFAC, Curvature("kfac", "sampled", samples=2, seed=3), Curvature("kfac", passes=2), ACTIVATIONS, IDENTITY],
-    ids=["kfac", "sampled", "passes", "activations", "identity"],
+    [
+        KFAC,
+        Curvature(weighted=True),
+        Curvature("kfac", "sampled", samples=2, seed=3),
+        Curvature("kfac", passes=2),
+        ACTIVATIONS,
+        IDENTITY,
+    ],
+    ids=["kfac", "weighted", "sampled", "passes", "activations", "identity"],
 )
 
 
@@ -175,6 +182,20 @@ def test_draws_are_averaged(imported: Make, tmp_path: Path, ids: Tensor) -> None
 
 
 # The nearest Kronecker product.
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_weighted_inputs_make_the_trace_over_outputs_right(
+    family: str, imported: Make, tmp_path: Path, ids: Tensor
+) -> None:
+    folder = imported(family)
+    layers = [layer for layer in Checkpoint(folder).layers if ".1." in layer and layer.endswith(("v_proj", "q_proj"))]
+    found = measure(folder, tmp_path, ids[:1], Curvature(weighted=True), layers)
+    for layer, own in reference.tokens(whole_model(folder), layers, ids[:1]).items():
+        inputs, outputs = reference.weighted(own)
+        assert_near(found[layer].inputs, inputs, 1e-4)
+        assert_near(found[layer].outputs, outputs, 1e-4)
+        assert float((inputs - reference.factors(own)[0]).norm()) > 0.05 * float(inputs.norm())  # it does something
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -36,6 +36,14 @@ def factors(own: Tokens) -> tuple[Tensor, Tensor]:
     return _mean_outer(own.inputs), _mean_outer(own.gradients)
 
 
+def weighted(own: Tokens) -> tuple[Tensor, Tensor]:
+    """A and G with A such that G (x) A, traced over outputs, is the Fisher matrix traced over outputs."""
+    rows, width = own.gradients.shape[1], own.inputs.shape[1]
+    G = _mean_outer(own.gradients)
+    traced = fisher(own).view(rows, width, rows, width).diagonal(dim1=0, dim2=2).sum(-1)
+    return traced / G.trace(), G
+
+
 def exact_outputs(model: nn.Module, layer: str, ids: Tensor) -> Tensor:
     """G [R, R] under the model's own predictions, summed over the vocabulary.
 

@@ -457,3 +457,47 @@ def test_examples_in_the_docs_are_sound(document: dict[str, Any]) -> None:
     for example in examples:
         changed = {name: values | example.get(name, {}) for name, values in document.items()}
         assert faults(changed) == []
+
+
+SURGEON = {"method": "surgeon", "sparsity": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"prune": {"pattern": "rows+columns"}},
+            ["prune.pattern", "wanda prunes single weights", "prune.method surgeon"],
+        ),
+        ({"prune": SURGEON | {"pattern": "rows+units"}}, ["prune.pattern", "rows+columns, units, heads"]),
+        ({"prune": SURGEON | {"pattern": "rows"}, "allocate": {"rule": "owl"}}, ["allocate.rule", "`owl`", "global"]),
+        ({"prune": SURGEON | {"scope": "row"}}, ["prune.scope", "`row` is not for surgeon", "auto, layer"]),
+        ({"prune": SURGEON | {"source": "data/imp/one"}}, ["prune.source", "data/imp/one", "valid: data/taught"]),
+        ({"prune": SURGEON, "surgeon": {"samples": 3}}, ["surgeon.samples", "one next token", "labels sampled"]),
+        (
+            {"prune": SURGEON, "surgeon": {"shots": 1, "correction_steps": 9}},
+            ["surgeon.correction_steps", "between shots"],
+        ),
+        (
+            {"prune": SURGEON | {"pattern": "units"}, "surgeon": {"multiple": 16}},
+            ["surgeon.multiple", "16 are not all multiples of quantize.group_size, 64", "a multiple of 64"],
+        ),
+        ({"prune": SURGEON, "surgeon": {"curvature": "hessian"}}, ["surgeon.curvature", "'hessian'", "'kfac'"]),
+    ],
+)
+def test_surgery_that_cannot_be_is_told(
+    document: dict[str, Any], changes: dict[str, dict[str, Any]], told: list[str]
+) -> None:
+    for section, values in changes.items():
+        document[section] |= values
+    found = "\n".join(faults(document, WIDTHS))
+    for part in told:
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    "pattern", ["unstructured", "rows", "columns", "rows+columns", "units", "heads", "units+heads"]
+)
+def test_every_structure_can_be_asked_for(document: dict[str, Any], pattern: str) -> None:
+    document["prune"] |= SURGEON | {"pattern": pattern}
+    assert faults(document, WIDTHS) == []
