@@ -4,6 +4,7 @@
     python -m benchmarks.surgeon released/kfac ours/kfac --blocks 8-11 --sparsity 0.3 --shots 3 --every-shot
     python -m benchmarks.surgeon ours/kfac+update=independent ours/kfac+update=none ours/activations ours/identity
     python -m benchmarks.surgeon ours/kfac+pattern=units+heads ours/kfac --blocks all --sparsity 0.2
+    python -m benchmarks.surgeon ours/kfac+pattern=units+heads depth/removal+blocks=21-26 --blocks all --retrain 30
     python -m benchmarks.surgeon ours/kfac+pattern=2:4 layerwise/wanda+pattern=2:4 --blocks all --sparsity 0.5
     python -m benchmarks.surgeon released/kfac ours/kfac --every-shot --plot .work/surgeon/shots.svg
 
@@ -11,7 +12,9 @@ An arm is `who/curvature` and key=value behind a +: `update` (correlated, indepe
 `prune`; rows+columns if none is named), `together` (one threshold for all layers; with units and heads a width for
 each block, and false if not said), in place of the options of that name `sparsity`, `shots` and `blocks`, and for ours
 what section `surgeon` has. `released` prunes rows and columns, correlated or with update none; its code is stood for by
-surgeon_released.py. `layerwise/wanda` and `layerwise/sparsegpt` are our pruning stage, of all blocks.
+surgeon_released.py. `layerwise/wanda` and `layerwise/sparsegpt` are our pruning stage, of all blocks. The arm
+`depth/removal+blocks=21-26` takes these blocks out of the model. With `--retrain STEPS` each model then learns by
+MaskLoRA, as stage retrain has it.
 
 Each arm runs in a process of its own and is judged in another: CPU time is that of pruning alone, with reading and
 writing the model and without the start of Python. wiki, `--windows` windows of 1024 tokens, in bfloat16. zeros is the
@@ -35,7 +38,7 @@ from typing import Any
 
 from benchmarks.pruning import DATA, child
 
-COUPLED = ("units", "heads", "units+heads")  # patterns whose checkpoints get smaller
+COUPLED = ("units", "heads", "units+heads", "hidden")  # patterns whose checkpoints get smaller
 ROUNDS = 2  # of timing the dense and the smaller model in turns
 ARMS = [
     "released/kfac",
@@ -132,6 +135,28 @@ def layerwise(arm: Arm, ids: Any, folder: Path) -> None:
     pruning.ours(arm.curvature, wanted, ids, folder)
 
 
+def depth_removal(arm: Arm, ids: Any, folder: Path) -> None:
+    """The model without the arm's blocks; what is left has masks, though nothing is masked, so that it can learn."""
+    import torch
+
+    from compression.core.checkpoint import Checkpoint, CheckpointWriter
+    from tasks.core.passing import lineage
+
+    source, layers = Checkpoint(DATA / "model"), dict[str, list[int]]()
+    writer, left = CheckpointWriter(folder, source.folder), set(range(source.depth)) - set(arm.blocks)
+    for index, old in enumerate(sorted(left)):
+        prefixes = [f"{source.blocks}.{number}." for number in (old, index)]
+        tensors = {name.replace(*prefixes): tensor for name, tensor in source.block(old).items()}
+        own = {name.replace(*prefixes): shape for name, shape in source.layers.items() if name.startswith(prefixes[0])}
+        writer.write_block(index, tensors, {name: torch.ones(*shape, dtype=torch.bool) for name, shape in own.items()})
+        layers |= own
+    writer.write_outer(source.outer())
+    config = source.config() | {"num_hidden_layers": len(left)}
+    writer.finish(
+        len(left), lineage(source) | {"layers": layers}, {k: v for k, v in config.items() if k != "layer_types"}
+    )
+
+
 def read_arm(text: str, blocks: str, sparsity: float, shots: int) -> Arm:
     """An arm as it is written; see the module's docstring."""
     from ruamel.yaml import YAML
@@ -157,11 +182,11 @@ def block_numbers(text: str) -> list[int]:
     return list(range(int(first), int(last or first) + 1))
 
 
-def depth() -> int:
-    """Blocks of data/model."""
+def depth(folder: Path = DATA / "model") -> int:
+    """How many blocks a checkpoint has."""
     from compression.core.checkpoint import Checkpoint
 
-    return Checkpoint(DATA / "model").depth
+    return Checkpoint(folder).depth
 
 
 def run(arm: dict[str, Any], sequences: int, length: int, folder: str) -> dict[str, Any]:
@@ -175,9 +200,27 @@ def run(arm: dict[str, Any], sequences: int, length: int, folder: str) -> dict[s
     ids = read_sequences("calibration", sequences, length, "--sequences")
     torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
-    {"ours": ours, "released": released, "layerwise": layerwise}[chosen.who](chosen, ids, Path(folder))
+    how = {"ours": ours, "released": released, "layerwise": layerwise, "depth": depth_removal}
+    how[chosen.who](chosen, ids, Path(folder))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return {"cpu_s": cpu, "wall_s": wall, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def retrain(folder: str, steps: int) -> dict[str, Any]:
+    """Retrains the model in `folder` into `folder`-retrained."""
+    from benchmarks import perp
+
+    target, length = Path(f"{folder}-retrained"), perp.LENGTH
+    usual: dict[str, Any] = {
+        "sequences": 2,
+        "length": length,
+        "learning_rate": None,
+        "training": None,
+        "texts": None,
+        "settings": {},
+    }
+    done = perp.run_arm(arm="ours/mask_lora", start=folder, folder=str(target), steps=steps, threads=1, **usual)
+    return {"retrain_s": done["training_s"]}
 
 
 def judge(folder: str, blocks: list[int], windows: int) -> dict[str, Any]:
@@ -229,7 +272,7 @@ def weigh_and_time(folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     params, device = read(Speed), torch.device("cpu")
-    with BlockTimes() as blocks:
+    with BlockTimes(depth(folder)) as blocks:
         dtype = pick_dtype("auto", device)
         figures = measure_speed(folder, params.prefill, params.decode, params.repeats, device, dtype)
     sizes = {file.name: file.stat().st_size / 1e6 for file in weight_files(folder)}
@@ -245,6 +288,9 @@ def weigh_and_time(folder: Path) -> dict[str, float]:
 
 class BlockTimes:
     """While entered, takes down the seconds that every block of a Llama takes, by the tokens that it is given."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
 
     def __enter__(self) -> "BlockTimes":
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -266,7 +312,7 @@ class BlockTimes:
 
     def median(self, tokens: int) -> float:
         """Seconds that all blocks together take for so many tokens, the median over the passes."""
-        seconds, blocks = self.seconds[tokens], depth()
+        seconds, blocks = self.seconds[tokens], self.blocks
         return statistics.median(sum(seconds[start : start + blocks]) for start in range(0, len(seconds), blocks))
 
 
@@ -295,7 +341,7 @@ def aside(what: str, given: dict[str, Any]) -> dict[str, Any]:
     return child([sys.executable, "-m", "benchmarks.surgeon", "--aside", what, json.dumps(given, default=str)])
 
 
-ASIDE: dict[str, Callable[..., dict[str, Any]]] = {"run": run, "judge": judge, "speed": speed}
+ASIDE: dict[str, Callable[..., dict[str, Any]]] = {"run": run, "judge": judge, "retrain": retrain, "speed": speed}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -307,6 +353,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="of a sequence, in tokens")
     parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--retrain", type=int, default=0, metavar="STEPS", help="of MaskLoRA, behind the pruning")
     parser.add_argument("--every-shot", action="store_true", help="measure the first shots alone, too")
     parser.add_argument("--out", type=Path, help="where all results go, as JSON")
     parser.add_argument("--plot", type=Path, help="an SVG of perplexity against what is gone")
@@ -320,9 +367,14 @@ def measure(arm: Arm, chosen: argparse.Namespace, dense: float) -> dict[str, Any
         folder = Path(scratch) / "checkpoint"
         handed = {"sequences": chosen.sequences, "length": chosen.length, "folder": folder}
         found = aside("run", handed | {"arm": vars(arm)})
-        found |= aside("judge", {"folder": folder, "blocks": arm.blocks, "windows": chosen.windows})
-        if arm.pattern in COUPLED:
+        judged = list(range(depth())) if arm.who == "depth" else arm.blocks
+        found |= aside("judge", {"folder": folder, "blocks": judged, "windows": chosen.windows})
+        if arm.pattern in COUPLED or arm.who == "depth":
             found |= aside("speed", {"folder": folder})
+        if chosen.retrain:
+            found |= aside("retrain", {"folder": folder, "steps": chosen.retrain})
+            learned = aside("judge", {"folder": f"{folder}-retrained", "blocks": [0], "windows": chosen.windows})
+            found["retrained_wiki_perplexity"] = learned["wiki_perplexity"]
     return found | {"ratio": found["wiki_perplexity"] / dense}
 
 
