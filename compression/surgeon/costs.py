@@ -62,7 +62,11 @@ def column_group_costs(weight: Tensor, factors: Factors, inverses: Inverses, gro
     corners = _corners(inverses.inputs, groups).to(weight.device, torch.float64)
     dead = corners.diagonal(dim1=1, dim2=2) == 0
     energy = energy.double().masked_fill(dead[:, :, None], 0)
-    solved = torch.linalg.solve(corners + torch.diag_embed(dead.double()), energy)
+    # By Cholesky: torch 2.13's LU of a batch on a CPU gives wrong pivots with more than one thread.
+    lower, faults = torch.linalg.cholesky_ex(corners + torch.diag_embed(dead.double()))
+    if faults.any():
+        raise Problem("curvature", "an inverse is not positive after rounding", "raise the damping")
+    solved = torch.cholesky_solve(energy, lower)
     return _checked((solved.diagonal(dim1=1, dim2=2).sum(1) / 2).to(weight.dtype))
 
 

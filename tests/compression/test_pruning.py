@@ -384,7 +384,7 @@ def test_cycles_hold_in_groups_as_well() -> None:
 
 @pytest.mark.parametrize("text", ["2:2", "0:4", "4:2", "2/4", "", "structured", "2:4:8"])
 def test_nonsense_patterns_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="valid: unstructured, or N:M"):
+    with pytest.raises(ValueError, match="valid: unstructured; N:M"):
         parse_pattern(text)
 
 

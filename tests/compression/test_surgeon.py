@@ -490,3 +490,19 @@ def test_no_budget_takes_nothing_and_no_layers_have_none() -> None:
     assert structured({}, {}, 0, {}) == {}
     with pytest.raises(Problem):
         structured({}, {}, 1, {})
+
+
+def test_costs_of_wide_groups_are_the_same_on_two_threads() -> None:
+    """torch's LU of a batch is not."""
+    draw = torch.Generator().manual_seed(0)
+    mixing, weight = torch.randn(576, 700, generator=draw), torch.randn(40, 576, generator=draw)
+    factors = Factors(mixing @ mixing.T / 700, None)
+    inverses = Inverses(invert(factors.inputs, 576, torch.ones(576, dtype=torch.bool), 0.01), torch.eye(40))
+    groups = torch.arange(576).view(3, 192)
+    one = column_group_costs(weight, factors, inverses, groups, True)
+    try:
+        torch.set_num_threads(2)
+        for _ in range(5):
+            torch.testing.assert_close(column_group_costs(weight, factors, inverses, groups, True), one)
+    finally:
+        torch.set_num_threads(1)
