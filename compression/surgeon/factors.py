@@ -2,7 +2,8 @@
 
 F = G (x) A, so that the loss rises by tr(dW^T G dW A) / 2; P = (G + damping * mean diag G * I)^-1 and Q likewise of A.
 Where a factor is not known it is the identity: without G what is left is the error of the layer's output (L-OBD, and
-SparseGPT's cost), without either magnitude.
+SparseGPT's cost), without either magnitude. The released code brings A and G to one norm; as damping is a share of each
+one's own diagonal, that would move no cost and no update, and is not done.
 """
 
 from dataclasses import dataclass
@@ -39,20 +40,6 @@ class Inverses:
 
     inputs: Tensor
     outputs: Tensor
-
-
-def balanced(factors: Factors) -> Factors:
-    """The same product G (x) A of factors that have the same Frobenius norm, unless one is the identity or zero.
-
-    It moves no cost and no update, as damping is relative to the diagonal: it makes factors of layers comparable.
-    """
-    if factors.inputs is None or factors.outputs is None:
-        return factors
-    norms = [torch.linalg.matrix_norm(matrix.double()) for matrix in (factors.inputs, factors.outputs)]
-    if min(norms) == 0:
-        return factors
-    ratio = (norms[1] / norms[0]).sqrt().item()
-    return Factors(factors.inputs * ratio, factors.outputs / ratio)
 
 
 def alive(weight: Tensor, factors: Factors, bias: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from compression.core.errors import Problem
 from compression.surgeon import updates
 from compression.surgeon.costs import column_costs, column_group_costs, element_costs, group_costs_nofm, row_costs
-from compression.surgeon.factors import Factors, Inverses, alive, balanced, invert
+from compression.surgeon.factors import Factors, Inverses, alive, invert
 from compression.surgeon.threshold import structured
 from tests.reference import surgeon as reference
 
@@ -404,16 +404,21 @@ def test_damping_rises_until_a_factor_can_be_inverted() -> None:
             invert(bad, 3, everything, 0.01)
 
 
-def test_balanced_factors_have_one_norm_and_the_same_product() -> None:
-    factors = example(3, 5).factors
-    assert factors.inputs is not None
-    found = balanced(Factors(1e6 * factors.inputs, factors.outputs))
-    assert found.inputs is not None
-    assert found.outputs is not None
-    assert_close(torch.kron(found.outputs, found.inputs), torch.kron(factors.outputs, 1e6 * factors.inputs))
-    assert float(found.inputs.norm()) == pytest.approx(float(found.outputs.norm()))
-    for other in (Factors(factors.inputs, None), Factors(0 * factors.inputs, factors.outputs)):
-        assert balanced(other) is other
+def test_the_balance_of_the_factors_moves_neither_costs_nor_updates() -> None:
+    plain = example(3, 5)
+    assert plain.factors.inputs is not None
+    assert plain.factors.outputs is not None
+    other = make(plain.weight, Factors(1e6 * plain.factors.inputs, plain.factors.outputs / 1e6))
+    keep = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    for costs in (element_costs, row_costs, column_costs):
+        for update in (True, False):
+            one, two = (costs(own.weight, own.factors, own.inverses, update) for own in (plain, other))
+            assert_close(one, two)
+    one, two = (
+        updates.remove_elements(own.weight, own.inverses.outputs, own.inverses.inputs, keep, 0, EXACT)
+        for own in (plain, other)
+    )
+    assert_close(one, two)
 
 
 # The threshold
