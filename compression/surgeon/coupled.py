@@ -4,7 +4,6 @@ What one costs is what its columns cost in the layer that reads it, and that lay
 write it go for nothing. During the shots all tensors keep their shapes; `write_smaller` cuts in the end.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from compression.surgeon.factors import Factors, Inverses
 from compression.surgeon.lines import Removed, remove_lines
 from compression.surgeon.shrink import Shrunk, shrink
 from compression.surgeon.structures import KINDS, Key, Structure, counts, find_structures, left_out
-from compression.surgeon.way import Looks, Task
+from compression.surgeon.way import Left, Looks, Scores, Task
 from compression.surgeon.widths import read_config
 
 GONE = -1.0  # the score of what an earlier shot has removed: it goes first, even before what costs nothing
@@ -65,33 +64,22 @@ class Coupled:
         for key, structure in self.structures.items():
             gone = left_out(structure, kept[key])
             for layer in structure.writers:
-                removed[layer] = self._removed(layer, rows=structure.rows[layer][gone])
-            removed[structure.reader] = self._removed(structure.reader, columns=structure.columns[gone])
+                rows, columns = self._lines(layer)
+                rows = rows.index_fill(0, structure.rows[layer][gone].flatten(), True)
+                removed[layer] = Removed(rows, columns, cost=0.0, updated=False)
+            rows, columns = self._lines(structure.reader)
+            cost = costs[key][gone].clamp(min=0).sum().item()
+            columns = columns.index_fill(0, structure.columns[gone].flatten(), True)
+            removed[structure.reader] = Removed(rows, columns, cost)
         return removed
 
-    def remove(
-        self,
-        layer: str,
-        weight: Tensor,
-        keep: Tensor,
-        decision: Removed,
-        seen: Mapping[str, Tensor],
-        inverses: Inverses,
-    ) -> tuple[Tensor, Tensor, float]:
-        rows, columns = decision.rows.to(keep.device), decision.columns.to(keep.device)
-        left = keep & ~rows[:, None] & ~columns
-        if not seen:
-            return weight.masked_fill(rows[:, None], 0), left, 0.0  # it writes
-        groups = next(own for own in self.structures.values() if own.reader == layer).columns.to(keep.device)
-        cost = seen["structures"].clamp(min=0)[columns[groups].all(1)].sum().item()
-        return remove_lines(weight, rows, columns, inverses, self.task.settings.update), left, cost
+    def remove(self, weight: Tensor, keep: Tensor, decision: Removed, seen: Scores, inverses: Inverses) -> Left:
+        return remove_lines(weight, keep, decision, inverses, self.task.settings.update)
 
-    def _removed(self, layer: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Removed:
-        lines = [torch.zeros(size, dtype=torch.bool) for size in self.task.source.layers[layer]]
-        for line, places in zip(lines, (rows, columns), strict=True):
-            if places is not None:
-                line[places.flatten()] = True
-        return Removed(*lines)
+    def _lines(self, layer: str) -> tuple[Tensor, Tensor]:
+        """bool [R] and bool [C], all False."""
+        rows, width = self.task.source.layers[layer]
+        return torch.zeros(rows, dtype=torch.bool), torch.zeros(width, dtype=torch.bool)
 
 
 def find_coupled(task: Task) -> Coupled:

@@ -1,6 +1,5 @@
 """Single weights go: the cheapest of all, or N:M, where groups take on the pattern one after the other."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from compression.pruning.select import keep_highest
 from compression.surgeon import updates
 from compression.surgeon.costs import element_costs, group_costs_nofm
 from compression.surgeon.factors import Factors, Inverses
-from compression.surgeon.way import Looks, Task
+from compression.surgeon.way import Left, Looks, Scores, Task
 
 GONE = 0.0  # the score of what an earlier shot has dropped; whatever is left scores more
 LEFT = torch.finfo(torch.float32).tiny
@@ -49,9 +48,7 @@ class Elements:
         wanted = {layer: found[layer] / sizes[layer] for layer in gone}
         return project_within(wanted, sizes, self.task.due(share), bounds)
 
-    def remove(
-        self, layer: str, weight: Tensor, keep: Tensor, decision: int, seen: Mapping[str, Tensor], inverses: Inverses
-    ) -> tuple[Tensor, Tensor, float]:
+    def remove(self, weight: Tensor, keep: Tensor, decision: int, seen: Scores, inverses: Inverses) -> Left:
         scores, pattern, settings = seen["elements"], self.task.pattern, self.task.settings
         if isinstance(pattern, NofM):
             groups = _grouped(scores, pattern)

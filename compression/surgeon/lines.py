@@ -3,7 +3,6 @@
 The tensor keeps its shape: what no other layer loses with it cannot be cut out. See coupled.py for what can.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,14 +14,22 @@ from compression.surgeon import updates
 from compression.surgeon.costs import column_costs, row_costs
 from compression.surgeon.factors import Factors, Inverses
 from compression.surgeon.threshold import structured
-from compression.surgeon.way import Looks, Task
+from compression.surgeon.way import Left, Looks, Scores, Task
 
 
 class Removed(NamedTuple):
-    """What has gone from a layer: rows bool [R] and columns bool [C]."""
+    """What has gone from a layer after a shot.
+
+    Attributes:
+        rows, columns: bool [R] and bool [C].
+        cost: what that was predicted to cost, each for itself; nothing for what had gone before.
+        updated: whether the rest makes up for it.
+    """
 
     rows: Tensor
     columns: Tensor
+    cost: float
+    updated: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,29 +64,23 @@ class Lines:
             for layer, own in costs.items():
                 due, size = round(share * quotas[layer].dropped), quotas[layer].size
                 found |= structured({layer: own}, {layer: shapes[layer]}, due, {layer: size})
-        return {layer: Removed(rows, columns) for layer, (rows, columns) in found.items()}
+        return {layer: Removed(*gone, _cost(costs[layer], gone)) for layer, gone in found.items()}
 
-    def remove(
-        self,
-        layer: str,
-        weight: Tensor,
-        keep: Tensor,
-        decision: Removed,
-        seen: Mapping[str, Tensor],
-        inverses: Inverses,
-    ) -> tuple[Tensor, Tensor, float]:
-        rows, columns = decision.rows.to(keep.device), decision.columns.to(keep.device)
-        gone = {"rows": rows, "columns": columns}
-        cost = sum(scores[gone[name]].sum().item() for name, scores in seen.items())
-        new = remove_lines(weight, rows, columns, inverses, self.task.settings.update)
-        return new, keep & ~rows[:, None] & ~columns, cost
+    def remove(self, weight: Tensor, keep: Tensor, decision: Removed, seen: Scores, inverses: Inverses) -> Left:
+        return remove_lines(weight, keep, decision, inverses, self.task.settings.update)
 
 
-def remove_lines(weight: Tensor, rows: Tensor, columns: Tensor, inverses: Inverses, update: str) -> Tensor:
-    """W' [R, c] without rows [R] and columns [C], what stays updated as Settings.update says."""
+def remove_lines(weight: Tensor, keep: Tensor, removed: Removed, inverses: Inverses, update: str) -> Left:
+    """What Way.remove gives: W' [R, c] without rows and columns, the rest updated as Settings.update says."""
+    rows, columns = removed.rows.to(keep.device), removed.columns.to(keep.device)
+    left = keep & ~rows[:, None] & ~columns
     columns = torch.cat([columns, columns.new_zeros(weight.shape[1] - len(columns))])  # the bias stays
-    if update == "none":
-        return weight.masked_fill(rows[:, None] | columns, 0)
-    if update == "independent":
-        return updates.remove_lines_independently(weight, inverses.outputs, inverses.inputs, rows, columns)
-    return updates.remove_rows_and_columns(weight, inverses.outputs, inverses.inputs, rows, columns)
+    if update == "none" or not removed.updated:
+        return weight.masked_fill(rows[:, None] | columns, 0), left, removed.cost
+    one = updates.remove_lines_independently if update == "independent" else updates.remove_rows_and_columns
+    return one(weight, inverses.outputs, inverses.inputs, rows, columns), left, removed.cost
+
+
+def _cost(costs: tuple[Tensor | None, Tensor | None], gone: tuple[Tensor, Tensor]) -> float:
+    pairs = zip(costs, gone, strict=True)
+    return sum(own[lines.to(own.device)].sum().item() for own, lines in pairs if own is not None)

@@ -142,7 +142,7 @@ def _take(
         for layer in [layer for layer in keep if layer in decisions]:
             seen, inverses = scratch.get(layer, ({}, NONE))
             weight, bias = _joined(tensors, layer, device)
-            new, left, cost = way.remove(layer, weight, keep[layer].to(device), decisions[layer], seen, inverses)
+            new, left, cost = way.remove(weight, keep[layer].to(device), decisions[layer], seen, inverses)
             tensors[f"{layer}.weight"], keep[layer] = new[:, : left.shape[1]].cpu(), left.cpu()
             if bias:
                 tensors[f"{layer}.bias"] = new[:, -1].cpu()
@@ -180,8 +180,6 @@ def _look_at(
     inverted: dict[tuple[int, bytes], Tensor] = {}
     for layer, own in factors.items():
         weight, bias = _joined(tensors, layer, device)
-        if not weight.isfinite().all():
-            raise Problem(f"{layer}.weight", "holds NaN or infinite values", "is the model file whole?")
         inverses = NONE
         if task.updating:
             rows, columns = alive(weight, own, bias)
@@ -219,10 +217,17 @@ def _scratch(folder: Path, index: int) -> Path:
 
 
 def _joined(tensors: Mapping[str, Tensor], layer: str, device: torch.device) -> tuple[Tensor, bool]:
-    """W' float32 [R, c], the bias its last column, and whether there is one."""
+    """W' float32 [R, c], the bias its last column, and whether there is one.
+
+    Raises:
+        Problem: it holds NaN or infinite values.
+    """
     weight, bias = tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias")
     parts = [weight] if bias is None else [weight, bias[:, None]]
-    return torch.cat([part.to(device, torch.float32) for part in parts], 1), bias is not None
+    joined = torch.cat([part.to(device, torch.float32) for part in parts], 1)
+    if not joined.isfinite().all():
+        raise Problem(f"{layer}.weight", "holds NaN or infinite values", "is the model file whole?")
+    return joined, bias is not None
 
 
 def _masks(checkpoint: Checkpoint, index: int, packed: dict[str, Tensor]) -> dict[str, Tensor]:

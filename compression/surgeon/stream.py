@@ -23,7 +23,7 @@ from compression.surgeon.costs import column_costs, row_costs
 from compression.surgeon.factors import Factors, Inverses
 from compression.surgeon.hidden import Axes, Narrowed, hidden_axes, hidden_widths, narrow, remove_dimensions
 from compression.surgeon.lines import Removed, remove_lines
-from compression.surgeon.way import Looks, Task
+from compression.surgeon.way import Left, Looks, Scores, Task
 
 GONE = -1.0  # the score of what an earlier shot has removed: it goes first, even before what costs nothing
 
@@ -53,28 +53,19 @@ class Stream:
         return {"stream": costs.masked_fill(~keep.any(1), GONE)}
 
     def decide(self, looks: Looks, share: float) -> dict[str, Removed]:
-        total = torch.stack([seen["stream"].cpu().double() for _, seen in looks()]).sum(0)
+        costs = {layer: seen["stream"].cpu() for layer, seen in looks()}
+        total = torch.stack([own.double() for own in costs.values()]).sum(0)
         gone = torch.zeros(len(total), dtype=torch.bool)
         gone[total.argsort(stable=True)[: len(total) - self.left(share)]] = True
         removed = {}
         for layer in self.layers():
             rows, columns = (torch.zeros(size, dtype=torch.bool) for size in self.task.source.layers[layer])
-            removed[layer] = Removed(rows, gone) if self.reads(layer) else Removed(gone, columns)
+            both = (rows, gone) if self.reads(layer) else (gone, columns)
+            removed[layer] = Removed(*both, costs[layer][gone].clamp(min=0).sum().item())
         return removed
 
-    def remove(
-        self,
-        layer: str,
-        weight: Tensor,
-        keep: Tensor,
-        decision: Removed,
-        seen: Mapping[str, Tensor],
-        inverses: Inverses,
-    ) -> tuple[Tensor, Tensor, float]:
-        rows, columns = decision.rows.to(keep.device), decision.columns.to(keep.device)
-        cost = seen["stream"].clamp(min=0)[columns if self.reads(layer) else rows].sum().item()
-        new = remove_lines(weight, rows, columns, inverses, self.task.settings.update)
-        return new, keep & ~rows[:, None] & ~columns, cost
+    def remove(self, weight: Tensor, keep: Tensor, decision: Removed, seen: Scores, inverses: Inverses) -> Left:
+        return remove_lines(weight, keep, decision, inverses, self.task.settings.update)
 
     def outer(self, tensors: Mapping[str, Tensor], decisions: Mapping[str, Removed]) -> dict[str, Tensor]:
         """Embedding and head without what was decided on."""

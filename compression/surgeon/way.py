@@ -15,6 +15,8 @@ from compression.surgeon.factors import Factors, Inverses
 from compression.surgeon.settings import Settings
 
 Look = tuple[str, dict[str, Tensor]]  # a layer, and what it scores, by name
+Scores = Mapping[str, Tensor]
+Left = tuple[Tensor, Tensor, float]  # W', its mask, and what was predicted that it costs, each for itself
 Looks = Callable[[], Iterable[Look]]  # of every layer whose curvature was measured; called again, the same again
 
 
@@ -73,7 +75,5 @@ class Way(Protocol):
     def decide(self, looks: Looks, share: float) -> Mapping[str, Any]:
         """By layer, what has gone after a shot, once `share` of the quotas is due."""
 
-    def remove(
-        self, layer: str, weight: Tensor, keep: Tensor, decision: Any, seen: Mapping[str, Tensor], inverses: Inverses
-    ) -> tuple[Tensor, Tensor, float]:
-        """W' and the mask without what was decided on, and what that was predicted to cost, each for itself."""
+    def remove(self, weight: Tensor, keep: Tensor, decision: Any, seen: Scores, inverses: Inverses) -> Left:
+        """What is left of a layer without what was decided on."""

@@ -3,13 +3,12 @@
 import json
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from importlib import import_module
 
 from compression.core.errors import Problem
 from compression.quantization.bits import check_group_size
 from compression.unlearning import METHODS as OBJECTIVES
-from tasks.checks.rule import Rule
+from tasks.checks.rule import Rule, targets_match
 from tasks.params.attack import Attack
 from tasks.params.base import PARAMS
 from tasks.params.teach import Teach
@@ -20,13 +19,8 @@ BLOCK = re.compile(r"\.(\d+)\.")  # in a layer's name, the number of its block
 
 def taught_layers_exist(teach: Teach, layers: dict[str, list[int]]) -> Iterator[Problem]:
     """Every pattern for layers that learn the text matches one."""
-    for pattern in teach.targets if layers and teach.method != "none" else []:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
-            yield Problem(
-                f"{PARAMS}: teach.targets",
-                f"`{pattern}` matches no layer",
-                "valid: patterns of names such as " + ", ".join(list(layers)[:7]),
-            )
+    if teach.method != "none":
+        yield from targets_match("teach", teach.targets, layers)
 
 
 def unlearning_is_sound(unlearn: Unlearn, teach: Teach, layers: dict[str, list[int]]) -> Iterator[Problem]:
@@ -40,13 +34,7 @@ def unlearning_is_sound(unlearn: Unlearn, teach: Teach, layers: dict[str, list[i
                 f"{unlearn.method} reads it, but it is {json.dumps(value)}",
                 f"set it; the paper has {json.dumps(papers)}",
             )
-    for pattern in unlearn.targets if layers else []:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
-            yield Problem(
-                f"{PARAMS}: unlearn.targets",
-                f"`{pattern}` matches no layer",
-                "valid: patterns of names such as " + ", ".join(list(layers)[:7]),
-            )
+    yield from targets_match("unlearn", unlearn.targets, layers)
     depth = len({number for layer in layers for number in BLOCK.findall(layer)[:1]})
     if unlearn.method == "rmu" and layers and (unlearn.block or 0) >= depth:
         yield Problem(f"{PARAMS}: unlearn.block", f"there is no block {unlearn.block}", f"valid: 0 to {depth - 1}")

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 
 from compression.core.errors import Problem
-from tasks.checks.rule import Rule
+from tasks.checks.rule import Rule, targets_match
 from tasks.params.base import PARAMS
 from tasks.params.imp import MODEL, Imp
 from tasks.params.prune import Prune
@@ -62,13 +61,7 @@ def retraining_is_sound(imp: Imp, retrain: Retrain, layers: dict[str, list[int]]
                         f"is judged on text that is not trained on, but {section}.held_out is 0",
                         f"set {section}.held_out to some sequences, 8 say",
                     )
-        for pattern in own.targets if layers else []:
-            if not any(fnmatchcase(layer, pattern) for layer in layers):
-                yield Problem(
-                    f"{PARAMS}: {section}.targets",
-                    f"`{pattern}` matches no layer",
-                    "valid: patterns of names such as " + ", ".join(list(layers)[:7]),
-                )
+        yield from targets_match(section, own.targets, layers)
 
 
 def adapter_stays_apart(

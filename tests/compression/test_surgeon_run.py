@@ -326,7 +326,8 @@ def test_dimensions_are_ranked_by_what_they_cost_in_all_layers(llama: Checkpoint
     decisions = way.decide(lambda: ((layer, {"stream": own}) for layer, own in scores.items()), 1.0)
     totals = [sum(own[dimension].item() for own in scores.values()) for dimension in range(32)]
     wanted = sorted(sorted(range(32), key=totals.__getitem__)[:8])
-    for layer, (rows, columns) in decisions.items():
+    for layer, own in decisions.items():
+        rows, columns = own.rows, own.columns
         writes = layer.endswith(("o_proj", "down_proj"))
         assert (rows if writes else columns).nonzero().flatten().tolist() == wanted
         assert not (columns if writes else rows).any()
@@ -375,8 +376,10 @@ def test_bad_weights_are_named(llama: Checkpoint, tmp_path: Path, ids: Tensor) -
     writer.write_outer(llama.outer())
     writer.finish(llama.depth, lineage(llama))
     for curvature in (Curvature(), Curvature("activations"), Curvature("identity")):
-        with pytest.raises(Problem, match=r"layers\.[12]|up_proj|NaN|not finite"):
-            operate(make_task(Checkpoint(folder), "rows", 0.3, curvature=curvature), tmp_path / curvature.kind, ids)
+        for pattern in ("rows", "units"):  # of units, up_proj is a writer, whose curvature nobody asks for
+            task = make_task(Checkpoint(folder), pattern, 0.3, curvature=curvature)
+            with pytest.raises(Problem, match=r"layers\.[12]|up_proj|NaN|not finite"):
+                operate(task, tmp_path / f"{curvature.kind}-{pattern}", ids)
 
 
 def test_a_full_disk_is_told_before_hours_of_work(
