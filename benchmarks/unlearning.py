@@ -92,7 +92,8 @@ def unlearned(place: Path) -> dict[str, Any]:
     seconds = stage(place, "unlearn")
     manifest = json.loads((place / "data" / "unlearned" / "manifest.json").read_text(encoding="utf-8"))
     training = manifest["training"]
-    return {"seconds": seconds} | {key: training[key] for key in ("stopped", "kept_step", "changed_codes")}
+    told = ("stopped", "kept_step", "changed_codes", "changed_scales", "looks")
+    return {"seconds": seconds} | {key: training[key] for key in told if key in training}
 
 
 def judged(place: Path) -> dict[str, Any]:

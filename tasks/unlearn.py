@@ -11,7 +11,7 @@ from compression.evaluation.loss import token_losses
 from compression.quantization.packed import block_reader, plain_outer
 from compression.training.loop import Recipe
 from compression.training.samples import Samples
-from compression.unlearning import METHODS
+from compression.unlearning import METHODS, TRAINED
 from compression.unlearning.run import unlearn_model
 from compression.unlearning.watch import judged
 from tasks.core.entry import run_stage
@@ -48,6 +48,7 @@ def main() -> None:
         writer,
         Journal(stage.work / "journal"),
         method,
+        import_module(TRAINED[params.train]),
         options,
         Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
         forget,

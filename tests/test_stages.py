@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+from itertools import product
 from typing import Any
 
 import pytest
 import yaml
 
 from compression.export import FORMATS
+from compression.unlearning import TRAINED
 from tasks.params.export import Export
+from tasks.params.unlearn import Unlearn
 from tests.imports import ROOT, needed_files
 
 # stage -> package that holds its methods, whose name params.yaml gives
@@ -38,7 +41,22 @@ def registry(stage: str) -> dict[str, str]:
     return dict(importlib.import_module(METHODS[stage]).METHODS) if stage in METHODS else {}
 
 
-CASES = [(stage, method) for stage in STAGES for method in registry(stage) or [None]]
+def choices(stage: str) -> dict[str, dict[str, str]]:
+    """By key of params.yaml that names one of a stage's modules: the module of each value."""
+    found = {f"{method_section(stage)}.method": registry(stage)} if registry(stage) else {}
+    return found | ({"unlearn.train": TRAINED} if stage == "unlearn" else {})
+
+
+def method_section(name: str) -> str:
+    """The section of params.yaml that names a stage's method."""
+    return NAMED_IN.get(name) or SECTIONS.get(name, name)
+
+
+CASES = [
+    (stage, dict(zip(choices(stage), chosen, strict=True)))
+    for stage in STAGES
+    for chosen in product(*choices(stage).values())
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +65,11 @@ def stages() -> dict[str, Any]:
     return {name: stage.get("do", stage) for name, stage in document.items()}
 
 
-def method_section(name: str) -> str:
-    """The section of params.yaml that names a stage's method."""
-    return NAMED_IN.get(name) or SECTIONS.get(name, name)
-
-
-def declared(stage: dict[str, Any], name: str, method: str | None) -> list[str]:
-    """Code dependencies of a stage, the method filled in."""
-    deps = [dep.replace(f"${{{method_section(name)}.method}}", method or "") for dep in stage["deps"]]
+def declared(stage: dict[str, Any], chosen: dict[str, str]) -> list[str]:
+    """Code dependencies of a stage, the chosen values filled in."""
+    deps = stage["deps"]
+    for key, value in chosen.items():
+        deps = [dep.replace(f"${{{key}}}", value) for dep in deps]
     return [dep for dep in deps if dep.startswith(("compression", "tasks"))]
 
 
@@ -62,13 +77,10 @@ def test_stages_are_those_of_the_design(stages: dict[str, Any]) -> None:
     assert list(stages) == STAGES
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
-def test_declared_code_is_what_the_stage_imports(stages: dict[str, Any], name: str, method: str | None) -> None:
-    modules = [f"tasks.{name}"]
-    if method:
-        modules.append(registry(name)[method])
-    loaded = needed_files(*modules)
-    deps = declared(stages[name], name, method)
+@pytest.mark.parametrize(("name", "chosen"), CASES)
+def test_declared_code_is_what_the_stage_imports(stages: dict[str, Any], name: str, chosen: dict[str, str]) -> None:
+    loaded = needed_files(f"tasks.{name}", *(choices(name)[key][value] for key, value in chosen.items()))
+    deps = declared(stages[name], chosen)
     missing = {file for file in loaded if not any(file == dep or file.startswith(dep + "/") for dep in deps)}
     assert not missing, f"dvc.yaml: {name} lacks {sorted(missing)}"
     assert all((ROOT / dep).exists() for dep in deps)
@@ -77,10 +89,9 @@ def test_declared_code_is_what_the_stage_imports(stages: dict[str, Any], name: s
 @pytest.mark.parametrize("name", STAGES)
 def test_no_code_is_declared_that_no_method_loads(stages: dict[str, Any], name: str) -> None:
     """A dependency too many makes a stage run again for nothing."""
-    methods = [method for stage, method in CASES if stage == name]
-    modules = [registry(name)[method] for method in methods if method]
+    modules = [module for registered in choices(name).values() for module in registered.values()]
     loaded = needed_files(f"tasks.{name}", *modules)
-    deps = {dep for method in methods for dep in declared(stages[name], name, method)}
+    deps = {dep for stage, chosen in CASES if stage == name for dep in declared(stages[name], chosen)}
     idle = [dep for dep in deps if dep.endswith(".py") and dep not in loaded and (ROOT / dep).stat().st_size]
     assert not idle, f"dvc.yaml: {name} names {idle}, which it never loads"
 
@@ -97,6 +108,12 @@ def test_every_method_is_one_file_one_line_one_value(name: str) -> None:
     params = importlib.import_module(f"tasks.params.{section}")
     schema = getattr(params, section.capitalize()).model_json_schema()
     assert set(schema["properties"]["method"]["enum"]) == set(registry)
+
+
+def test_what_learns_is_one_value() -> None:
+    """The registry and params.yaml's schema agree."""
+    assert Unlearn.model_json_schema()["properties"]["train"]["enum"] == list(TRAINED)
+    assert all(module == f"compression.unlearning.{name}" for name, module in TRAINED.items())
 
 
 def test_every_format_is_one_value() -> None:

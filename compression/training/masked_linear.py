@@ -15,7 +15,7 @@ time and built again in the backward pass, so memory is that of the adapters and
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -165,8 +165,14 @@ def attach(
     return layers
 
 
+class Returning(Protocol):
+    """A layer that can compute with what it started with."""
+
+    as_at_start: bool
+
+
 @contextmanager
-def at_start(layers: Iterable[MaskedLinear]) -> Iterator[None]:
+def at_start(layers: Iterable[Returning]) -> Iterator[None]:
     """Within it the layers compute with W: the model that training began with, and no second copy of it."""
     chosen = list(layers)
     for layer in chosen:

@@ -21,3 +21,12 @@ METHODS = {
     "rmu": "compression.unlearning.rmu",
     "undial": "compression.unlearning.undial",
 }
+
+# What of the model learns (unlearn.train), a file each, a line each: its module has
+#     freed(model, source, stored, keep, options) -> compression.unlearning.trained.Trained
+# which frees parameters of the whole `model`, given the checkpoint that it came from, its tensors as stored, by full
+# name, and its masks, bool [out, in] by layer.
+TRAINED = {
+    "codes": "compression.unlearning.codes",
+    "scales": "compression.unlearning.scales",
+}

@@ -1,7 +1,7 @@
 """What an objective sees in a step: samples of both texts, the model, and the model that it started as."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression.core.skeleton import find_blocks
-from compression.training.masked_linear import MaskedLinear, at_start
 from compression.training.samples import Samples
 
 
@@ -20,11 +19,11 @@ class Learner:
     filled up on the right only, so what stands there reaches no token that counts.
 
     Args:
-        layers: what is trained; on their starting weights they are the start model.
+        at_start: within it the model computes with the weights that it started with.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[MaskedLinear]) -> None:
-        self.model, self.layers = model, layers
+    def __init__(self, model: nn.Module, at_start: Callable[[], AbstractContextManager[None]]) -> None:
+        self.model, self.at_start = model, at_start
         self.blocks = model.get_submodule(find_blocks(model))
 
     def logits(self, *samples: Samples) -> list[Tensor]:
@@ -49,18 +48,13 @@ class Learner:
 
     def start_logits(self, *samples: Samples) -> list[Tensor]:
         """As `logits`, of the start model and without a gradient."""
-        with self._as_at_start():
+        with torch.no_grad(), self.at_start():
             return self.logits(*samples)
 
     def start_states(self, block: int, *samples: Samples) -> list[Tensor]:
         """As `states`, of the start model and without a gradient."""
-        with self._as_at_start():
+        with torch.no_grad(), self.at_start():
             return self.states(block, *samples)
-
-    @contextmanager
-    def _as_at_start(self) -> Iterator[None]:
-        with torch.no_grad(), at_start(self.layers):
-            yield
 
 
 class Draw(NamedTuple):

@@ -2,22 +2,18 @@
 
 import time
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.errors import Problem
 from compression.core.journal import Journal
-from compression.quantization.grid import Grid
-from compression.quantization.packed import Layout, pack, plain_weights, unpack
-from compression.quantization.scheme import anatomy, from_manifest, layouts
+from compression.quantization.packed import plain_weights
+from compression.quantization.scheme import from_manifest
 from compression.training.loop import Curves, Figures, Recipe, train
-from compression.training.masked_linear import MaskedLinear, attach
 from compression.training.samples import Samples
 from compression.training.text import Shuffled
 from compression.training.whole import load_whole, read_whole, write_whole
@@ -31,6 +27,7 @@ def unlearn_model(
     writer: CheckpointWriter,
     journal: Journal,
     method: ModuleType,
+    learns: ModuleType,
     options: Mapping[str, Any],
     recipe: Recipe,
     forget: Samples,
@@ -40,13 +37,13 @@ def unlearn_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Trains masked low-rank updates, straight through the rounding to the grid, and writes the new codes.
+    """Trains codes or scales as they will be packed, and writes them; what does not learn is taken over to the byte.
 
-    Scales are taken over to the byte and masks are proven, so mask and grid are those of `source`. Which step is
-    kept, and when training stops, is told in compression.unlearning.watch.
+    Masks are proven. Which step is kept, and when training stops, is told in compression.unlearning.watch.
 
     Args:
         method: a module of compression.unlearning.METHODS.
+        learns: one of compression.unlearning.TRAINED.
         options: the objective's own, and: rank, alpha, seed; targets, patterns of the names of layers that are trained,
             none for all; held_out, how many of the last retained rows are looked at and not trained on, and at most how
             many of the first rows of `forget` are looked at; check_every, steps from look to look; forget_ceiling,
@@ -72,19 +69,13 @@ def unlearn_model(
             f"valid: 1 to {len(retain.ids) - 1}, or more text",
         )
     stored, keep = read_whole(source, "load")
-    schemes = from_manifest(source.manifest)
-    bits = {layer: scheme.bits for layer, scheme in schemes.items()}
-    grids = {layer: unpack(layer, stored, bits[layer])[1] for layer in source.layers if layer in bits}
+    bits = {layer: scheme.bits for layer, scheme in from_manifest(source.manifest).items()}
     plain = plain_weights(stored, bits)
     working = {name: t.to(dtype) if t.is_floating_point() else t for name, t in plain.items()}
     model = load_whole(source.folder, working, device)
-    every = {layer: keep.get(layer, torch.ones(*shape, dtype=torch.bool)) for layer, shape in source.layers.items()}
-    on_device = {layer: grid.to(device) for layer, grid in grids.items()}
-    chosen = _targeted(every, options["targets"])
-    layers = attach(model, chosen, options["rank"], options["alpha"], options["seed"], on_device)
-    parameters = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"}
+    parameters, at_start, rewritten = learns.freed(model, source, stored, keep, options)
 
-    learner = Learner(model, layers.values())
+    learner = Learner(model, at_start)
     forget, retain = (Samples(each.ids.to(device), each.answer.to(device)) for each in (forget, retain))
     learned, watched = retain.take(torch.arange(len(retain.ids) - held_out)), retain.take(torch.arange(-held_out, 0))
 
@@ -98,8 +89,8 @@ def unlearn_model(
     curves, stopped = train(parameters, loss, recipe, journal, "unlearn", tokens, _clock(options["seconds"]), looks)
     kept = looks.refuse_collapsed(curves)
 
-    stays = layouts(schemes, anatomy(source.folder)) if schemes else {}
-    moved = _write(source, writer, stored, keep, layers, grids, stays)
+    changed, shares = rewritten(stored)
+    write_whole(source, writer, stored | changed, keep, {})
     by_step: Curves = {"forget": [], "retain": []}
     by_step |= {name: curve for name, curve in curves.items() if not name.startswith(LOOK)}
     taken = max(map(len, by_step.values()))
@@ -110,7 +101,7 @@ def unlearn_model(
         "looks": {"step": at} | {name: [each[name] for each in figures] for name in looks.start},
         "kept_step": at[kept + 1],
         "stopped": stopped,
-        "changed_codes": moved,
+        **shares,
     }
 
 
@@ -141,48 +132,3 @@ def _clock(seconds: float | None) -> Callable[[Figures], str | None]:
     """A reason to stop once so many seconds have passed from now on."""
     begun = time.monotonic()
     return lambda _: f"{seconds:g} seconds were up" if seconds and time.monotonic() - begun >= seconds else None
-
-
-def _targeted(every: dict[str, Tensor], patterns: list[str]) -> dict[str, Tensor]:
-    """Masks of the layers that one of the patterns matches; all of them if there is no pattern."""
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in every):
-            raise Problem(
-                "params.yaml: unlearn.targets",
-                f"`{pattern}` matches no layer",
-                "valid: patterns of names such as " + ", ".join(list(every)[:7]),
-            )
-    return {
-        layer: mask
-        for layer, mask in every.items()
-        if not patterns or any(fnmatchcase(layer, pattern) for pattern in patterns)
-    }
-
-
-def _write(
-    source: Checkpoint,
-    writer: CheckpointWriter,
-    stored: dict[str, Tensor],
-    keep: dict[str, Tensor],
-    layers: dict[str, MaskedLinear],
-    grids: dict[str, Grid],
-    stays: dict[str, Layout],
-) -> float:
-    """Writes the updated weights, each in the layout that it had; returns the share of all weights that changed."""
-    changed, total = 0, sum(rows * width for rows, width in source.layers.values())
-    for name, layer in layers.items():
-        if name in grids:
-            before, grid = unpack(name, stored, grids[name].bits)
-            merged = layer.merged().cpu()
-            # A value is one code, but in bfloat16 the widest grids' neighbours may share one: what stays keeps its own.
-            codes = torch.where(merged == grid.values(before), before, grid.codes(merged))
-            if name in keep:
-                masks.prove(name, grid.values(codes), keep[name])
-            changed += int((codes != before).sum())
-            stored |= pack(name, codes, grid, stays[name])
-        else:
-            before = stored[f"{name}.weight"]
-            stored[f"{name}.weight"] = layer.merged(before).cpu()
-            changed += int((stored[f"{name}.weight"] != before).sum())
-    write_whole(source, writer, stored, keep, {})
-    return changed / total

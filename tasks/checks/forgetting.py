@@ -11,6 +11,7 @@ from compression.unlearning import METHODS as OBJECTIVES
 from tasks.checks.rule import Rule, targets_match
 from tasks.params.attack import Attack
 from tasks.params.base import PARAMS
+from tasks.params.quantize import Quantize
 from tasks.params.teach import Teach
 from tasks.params.unlearn import Unlearn
 
@@ -23,7 +24,9 @@ def taught_layers_exist(teach: Teach, layers: dict[str, list[int]]) -> Iterator[
         yield from targets_match("teach", teach.targets, layers)
 
 
-def unlearning_is_sound(unlearn: Unlearn, teach: Teach, layers: dict[str, list[int]]) -> Iterator[Problem]:
+def unlearning_is_sound(
+    unlearn: Unlearn, teach: Teach, quantize: Quantize, layers: dict[str, list[int]]
+) -> Iterator[Problem]:
     """The objective finds what it reads, the layers that learn are there, and there is a model to compare with."""
     if unlearn.method == "none":
         return
@@ -34,6 +37,8 @@ def unlearning_is_sound(unlearn: Unlearn, teach: Teach, layers: dict[str, list[i
                 f"{unlearn.method} reads it, but it is {json.dumps(value)}",
                 f"set it; the paper has {json.dumps(papers)}",
             )
+    if unlearn.train == "scales" and quantize.method == "none":
+        yield Problem(f"{PARAMS}: unlearn.train", "`scales` of a grid, but quantize.method is `none`", "valid: codes")
     yield from targets_match("unlearn", unlearn.targets, layers)
     depth = len({number for layer in layers for number in BLOCK.findall(layer)[:1]})
     if unlearn.method == "rmu" and layers and (unlearn.block or 0) >= depth:

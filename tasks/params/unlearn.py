@@ -19,6 +19,7 @@ class Unlearn(Section):
     block: NonNegativeInt | None
     steering: PositiveFloat | None
     refusals: list[str]
+    train: Literal["codes", "scales"]
     targets: list[str]
     rank: PositiveInt
     alpha: PositiveFloat

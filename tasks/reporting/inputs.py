@@ -139,6 +139,7 @@ class Training(Record):
     forget_losses: list[float] = []
     retain_losses: list[float] = []
     changed_codes: float | None = None
+    changed_scales: float | None = None
     held_out: list[float] = []
     searched: dict[str, float] = {}
     merge_jump: float = 0.0

@@ -228,6 +228,8 @@ def _details(manifest: Manifest) -> dict[str, str]:
         told["stopped"] = training.stopped
         if training.changed_codes is not None:
             told["weights changed"] = percent(training.changed_codes, 2)
+        if training.changed_scales is not None:
+            told["scales changed"] = percent(training.changed_scales, 2)
     if manifest.stage == "quantize":
         stored = list(manifest.bits.values())
         told |= {f"layers at {bits} bits": str(stored.count(bits)) for bits in sorted(set(stored))}

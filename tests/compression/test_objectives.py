@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compression.training.masked_linear import MaskedLinear, attach
+from compression.training.masked_linear import MaskedLinear, at_start, attach
 from compression.training.samples import Samples, padded, whole_text
 from compression.unlearning import METHODS
 from compression.unlearning.answers import answered_anew, answers_of
@@ -59,7 +60,7 @@ def trained() -> Trained:
     for layer in layers.values():
         layer.A.data = layer.A.data.double()
         layer.B.data = 0.3 * torch.randn(layer.B.shape, generator=generator, dtype=torch.float64)
-    return Trained(model, start, layers, Learner(model, layers.values()))
+    return Trained(model, start, layers, Learner(model, partial(at_start, layers.values())))
 
 
 def pairs(seed: int, count: int, length: int, empty: bool = False) -> Samples:

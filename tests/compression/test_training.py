@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.quantization import rtn
+from compression.quantization.grid import Grid
 from compression.quantization.method import Settings
 from compression.retraining.parameters import free
 from compression.training import loop
 from compression.training.cross_entropy import mixed_cross_entropy
 from compression.training.loop import Recipe, train
 from compression.training.masked_linear import LORA_PRUNE, MASK_LORA, SCALE_LORA, MaskedLinear, attach
+from compression.training.scaled_linear import ScaledLinear
 from compression.training.text import Shuffled, next_token_loss
 from tests.compression.helpers import Killed, whole_model
 from tests.conftest import Make
@@ -75,6 +77,43 @@ def test_gradients_by_finite_differences(form: str) -> None:
         return torch.func.functional_call(layer, {"A": A, "B": B}, (x,))
 
     assert torch.autograd.gradcheck(forward, (x, layer.A, layer.B))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scales_learn_as_autograd_says(groups: int) -> None:
+    """Codes of 5 bits with zero points, stored so finely that no scale is rounded."""
+    linear = nn.Linear(WIDTH, ROWS, dtype=torch.float64).requires_grad_(False)
+    q = torch.randint(-16, 16, (ROWS, WIDTH), dtype=torch.int8, generator=seeded(1))
+    z = torch.randint(-9, 9, (ROWS, groups), dtype=torch.int8, generator=seeded(2))
+    s = (torch.rand(ROWS, groups, generator=seeded(3)) + 0.1).double()
+    layer = ScaledLinear(linear, q, Grid(5, s, z))
+    layer.t.data = torch.randn(ROWS, groups, generator=seeded(4))
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=seeded(6)).requires_grad_()
+    out = torch.randn(2, 5, ROWS, dtype=torch.float64, generator=seeded(7))
+    t = layer.t.detach().double().requires_grad_()
+    y = layer(x)
+    twin = reference.scaled(x.flatten(0, 1), q.double(), z.double(), s, t, linear.bias).view_as(y)
+    ours = torch.autograd.grad((y * out).sum(), [x, layer.t])
+    theirs = torch.autograd.grad((twin * out).sum(), [x, t])
+    torch.testing.assert_close(y, twin, rtol=1e-6, atol=1e-6)  # t is float32, and so is exp(t)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
+    layer.as_at_start = True
+    start = reference.scaled(x.flatten(0, 1), q.double(), z.double(), s, torch.zeros_like(t), linear.bias)
+    torch.testing.assert_close(layer(x), start.view_as(y), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 2), (ROWS, 1), (1, 1)], ids=str)
+def test_what_scales_have_learned_is_what_is_packed(shape: tuple[int, int]) -> None:
+    """Down to the last bit of bfloat16, for groups, rows and a whole matrix that share a scale."""
+    linear = nn.Linear(WIDTH, ROWS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    q = torch.randint(-8, 8, (ROWS, WIDTH), dtype=torch.int8, generator=seeded(1))
+    layer = ScaledLinear(linear, q, Grid(4, torch.rand(shape, generator=seeded(2)).bfloat16() + 0.1))
+    layer.t.data = torch.randn(shape, generator=seeded(3)) / 10
+    layer(torch.eye(WIDTH, dtype=torch.bfloat16)).sum().backward()
+    assert layer.t.grad is not None
+    assert layer.t.grad.shape == shape
+    assert torch.equal(layer(torch.eye(WIDTH, dtype=torch.bfloat16)), layer.grid().values(q).t())
 
 
 def test_bias_learns_beside_the_adapter() -> None:

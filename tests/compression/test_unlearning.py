@@ -16,7 +16,7 @@ from compression.quantization.method import Settings
 from compression.quantization.packed import unpack
 from compression.training.loop import Recipe
 from compression.training.samples import Samples, padded, whole_text
-from compression.unlearning import METHODS
+from compression.unlearning import METHODS, TRAINED
 from compression.unlearning import run as unlearning
 from compression.unlearning.watch import Ceilings, Looks, judged
 from tests import tiny
@@ -75,6 +75,7 @@ def unlearn(
     dtype: torch.dtype = torch.float32,
     method: str = "grad_diff",
     recipe: Recipe = RECIPE,
+    train: str = "codes",
     **options: Any,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     writer, objective = CheckpointWriter(target, source.folder), import_module(METHODS[method])
@@ -83,6 +84,7 @@ def unlearn(
         writer,
         journal(target),
         objective,
+        import_module(TRAINED[train]),
         OPTIONS | objective.SETTINGS | TINY.get(method, {}) | options,
         recipe,
         forget,
@@ -360,3 +362,49 @@ def test_zero_points_and_their_layout_stay(
         assert torch.equal(there[f"{layer}.weight_zero_point"], here[f"{layer}.weight_zero_point"])
         assert revived(grid.values(codes), keep) == 0
     torch.testing.assert_close(whole_logits(after.folder, ids), walked_logits(after.folder, ids), rtol=1e-4, atol=1e-4)
+
+
+# Scales that learn.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+def test_scales_forget_with_codes_and_mask_kept(
+    symmetric: bool, dtype: torch.dtype, pruned: Checkpoint, tmp_path: Path, forget: Samples, retain: Samples
+) -> None:
+    source = quantize(pruned, tmp_path / "quantized", settings=Settings(32, symmetric=symmetric))
+    unlearned, record = unlearn(source, tmp_path / "x", forget, retain, dtype, train="scales", retain_ceiling=0.5)
+    assert loss(unlearned, forget) - loss(source, forget) > 0.5
+    before, after, keep = all_tensors(source), all_tensors(unlearned), all_masks(unlearned)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"weight_scale", "weight"}
+    assert all(name.endswith(("norm.weight", "weight_scale")) for name in changed)
+    moved = total = 0
+    for layer, width in bits(source).items():
+        (old, was), (new, now) = unpack(layer, before, width), unpack(layer, after, width)
+        assert torch.equal(old, new)
+        assert revived(now.values(new), keep[layer]) == 0
+        assert now.scale.dtype == was.scale.dtype
+        assert (now.scale > 0).all()
+        moved, total = moved + int((was.scale != now.scale).sum()), total + was.scale.numel()
+    assert record["changed_scales"] == moved / total > 0.5
+
+
+def test_looks_at_scales_measure_what_is_written(
+    quantized: Checkpoint, tmp_path: Path, forget: Samples, retain: Samples
+) -> None:
+    """And KL is taken to the model before, of which there is no second copy: norms and scales are both put back."""
+    unlearned, record = unlearn(quantized, tmp_path / "x", forget, retain, train="scales", retain_ceiling=0.5)
+    looks, watched = record["looks"], Samples(retain.ids[-4:], retain.answer[-4:])
+    kept = looks["step"].index(record["kept_step"])
+    assert looks["forget"][kept] == pytest.approx(loss(unlearned, judged(forget, 4)), abs=1e-4)
+    p0, p = (walked_logits(each.folder, watched.ids)[:, :-1].softmax(2) for each in (quantized, unlearned))
+    assert looks["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert looks["kl"][kept] == pytest.approx(float((p0 * (p0 / p).log()).sum(2).mean()), abs=1e-4)
+
+
+def test_a_model_without_a_grid_has_no_scales(
+    pruned: Checkpoint, tmp_path: Path, forget: Samples, retain: Samples
+) -> None:
+    with pytest.raises(Problem, match=r"unlearn\.train: `scales`, but no layer is quantised"):
+        unlearn(pruned, tmp_path / "x", forget, retain, train="scales")

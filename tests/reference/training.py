@@ -23,6 +23,17 @@ def lora_prune(x: Tensor, W: Tensor, bias: Tensor, M: Tensor, A: Tensor, B: Tens
 FORMS = {"mask_lora": mask_lora, "scale_lora": scale_lora, "lora_prune": lora_prune}
 
 
+def scaled(x: Tensor, q: Tensor, z: Tensor, s: Tensor, t: Tensor, bias: Tensor) -> Tensor:
+    """y_i = sum_j (q_ij - z_ig) s_ig exp(t_ig) x_j + b_i, g the group of j, by loops."""
+    width = q.shape[1] // s.shape[1]
+    y = bias.expand(len(x), -1).clone()
+    for i in range(len(q)):
+        for j in range(q.shape[1]):
+            g = j // width
+            y[:, i] = y[:, i] + (q[i, j] - z[i, g]) * s[i, g] * t[i, g].exp() * x[:, j]
+    return y
+
+
 def adam(start: Tensor, gradients: list[Tensor], rates: list[float], clip: float) -> Tensor:
     """A parameter after AdamW without decay, its gradient clipped to the norm `clip`; float64."""
     value, mean, square = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()

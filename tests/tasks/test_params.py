@@ -428,13 +428,19 @@ def test_unlearning_that_cannot_be_is_told(document: dict[str, Any], changes: di
         {"method": "simnpo", "beta": 4.5, "delta": 0.0},
         {"method": "dpo", "beta": 0.1},
         {"method": "rmu", "block": 0, "steering": 6.5, "targets": ["*.down_proj"]},
-        {"method": "undial", "beta": 10.0, "prompt": 32},
+        {"method": "undial", "beta": 10.0, "prompt": 32, "train": "scales"},
         {"method": "none", "prompt": 1000, "targets": ["nothing"]},
     ],
 )
 def test_every_objective_can_be_asked_for(document: dict[str, Any], changes: dict[str, Any]) -> None:
     document["unlearn"] |= changes
     assert not any(fault.startswith(UNLEARN) for fault in faults(document, WIDTHS))
+
+
+def test_scales_learn_where_there_is_a_grid(document: dict[str, Any]) -> None:
+    document["unlearn"]["train"] = "scales"
+    document["quantize"]["method"] = "none"
+    assert any("unlearn.train: `scales` of a grid, but quantize.method" in fault for fault in faults(document, WIDTHS))
 
 
 def test_a_taught_model_is_unlearned_as_far_as_one_that_never_was(document: dict[str, Any]) -> None:
