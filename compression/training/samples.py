@@ -22,6 +22,11 @@ class Samples(NamedTuple):
         """The rows of these numbers, int64 [n]."""
         return Samples(self.ids[rows], self.answer[rows])
 
+    def trimmed(self) -> "Samples":
+        """Without the columns in which no row has an answer any more, which fill rows up."""
+        length = int(self.answer.any(0).nonzero().max()) + 1 if self.answer.any() else self.ids.shape[1]
+        return Samples(self.ids[:, :length], self.answer[:, :length])
+
     def prompts(self) -> Tensor:
         """Tokens before each row's answer, int64 [N]."""
         return self.answer.int().argmax(1)

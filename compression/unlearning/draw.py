@@ -1,11 +1,10 @@
 """What an objective sees in a step: samples of both texts, the model, and the model that it started as."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression.core.skeleton import find_blocks
@@ -15,8 +14,8 @@ from compression.training.samples import Samples
 class Learner:
     """The model that unlearns, and within the same weights the one that it started as.
 
-    Every method takes any number of samples, which go through the model together, and gives a tensor for each. Rows are
-    filled up on the right only, so what stands there reaches no token that counts.
+    Every method takes any number of samples and gives a tensor for each. Those with rows of one length go through the
+    model together. Rows are filled up on the right only, so what stands there reaches no token that counts.
 
     Args:
         at_start: within it the model computes with the weights that it started with.
@@ -28,7 +27,7 @@ class Learner:
 
     def logits(self, *samples: Samples) -> list[Tensor]:
         """[N, T, V] of each."""
-        return _apart(self.model(input_ids=_together(samples), use_cache=False).logits, samples)
+        return _by_length(samples, lambda ids: self.model(input_ids=ids, use_cache=False).logits)
 
     def states(self, block: int, *samples: Samples) -> list[Tensor]:
         """Hidden states [N, T, d] of each behind a block, counted from 0; later blocks are not computed."""
@@ -38,13 +37,16 @@ class Learner:
             taken.append(output[0] if isinstance(output, tuple) else output)
             raise _Taken
 
+        def behind(ids: Tensor) -> Tensor:
+            with suppress(_Taken):
+                self.model(input_ids=ids, use_cache=False)
+            return taken.pop()
+
         handle = self.blocks[block].register_forward_hook(take)  # type: ignore[index]
         try:
-            with suppress(_Taken):
-                self.model(input_ids=_together(samples), use_cache=False)
+            return _by_length(samples, behind)
         finally:
             handle.remove()
-        return _apart(taken[0], samples)
 
     def start_logits(self, *samples: Samples) -> list[Tensor]:
         """As `logits`, of the start model and without a gradient."""
@@ -80,12 +82,10 @@ class _Taken(Exception):
     pass
 
 
-def _together(samples: Collection[Samples]) -> Tensor:
-    """All rows as one batch, filled up to the longest."""
-    longest = max(each.ids.shape[1] for each in samples)
-    return torch.cat([F.pad(each.ids, (0, longest - each.ids.shape[1])) for each in samples])
-
-
-def _apart(rows: Tensor, samples: Collection[Samples]) -> list[Tensor]:
-    parts = rows.split([len(each.ids) for each in samples])
-    return [part[:, : each.ids.shape[1]] for part, each in zip(parts, samples, strict=True)]
+def _by_length(samples: Sequence[Samples], through: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What `through` gives for each, called once for all that have rows of the same length."""
+    found: dict[int, Iterator[Tensor]] = {}
+    for length in {each.ids.shape[1] for each in samples}:
+        same = [each.ids for each in samples if each.ids.shape[1] == length]
+        found[length] = iter(through(torch.cat(same)).split([len(ids) for ids in same]))
+    return [next(found[each.ids.shape[1]]) for each in samples]

@@ -9,7 +9,7 @@ L_nor    mean over the retained answers' tokens of KL(p0 || p)
 
 L_fgt and L_rdn are means over each row's tokens, then over rows, as in the released code. There L_rdn trains the
 prompt, too, and L_nor is taken over padding as well; here only answers count, as the papers have it. One random answer
-stands behind a prompt in a step, another one in the next.
+stands behind a prompt in a step, another one in the next; it is cut to the length of the answers that it stands for.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ SETTINGS = {"random_weight": 1.0}
 
 def loss(draw: Draw, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
     """See compression.unlearning."""
-    random = answered_anew(draw.forget, draw.answers, draw.generator)
+    random = answered_anew(draw.forget, draw.answers, draw.generator, draw.forget.ids.shape[1])
     of_forget, of_random, of_retain = draw.learner.logits(draw.forget, random, draw.retain)
     (start,) = draw.learner.start_logits(draw.retain)
     forget = mean_of_rows(token_losses(of_forget, draw.forget), draw.forget)

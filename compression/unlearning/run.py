@@ -121,7 +121,8 @@ def _loss(
 
     def loss(step: int) -> tuple[Tensor, Figures]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        drawn = Draw(forget.take(of_forget(step)), retain.take(of_retain(step)), learner, answers, refusals, generator)
+        both = forget.take(of_forget(step)).trimmed(), retain.take(of_retain(step)).trimmed()
+        drawn = Draw(*both, learner, answers, refusals, generator)
         value, figures = method.loss(drawn, options)
         return value, figures
 

@@ -133,4 +133,4 @@ def measured(learner: Learner, forget: Samples, retain: Samples, rows: int) -> F
 
 
 def _parts(samples: Samples, rows: int) -> list[Samples]:
-    return [samples.take(chosen) for chosen in torch.arange(len(samples.ids)).split(rows)]
+    return [samples.take(chosen).trimmed() for chosen in torch.arange(len(samples.ids)).split(rows)]

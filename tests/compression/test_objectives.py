@@ -78,7 +78,7 @@ def draw_of(trained: Trained, forget: Samples, retain: Samples) -> Draw:
     return Draw(forget, retain, trained.learner, ANSWERS, ANSWERS, torch.Generator().manual_seed(5))
 
 
-def case_of(trained: Trained, forget: Samples, retain: Samples) -> reference.Case:
+def case_of(name: str, trained: Trained, forget: Samples, retain: Samples) -> reference.Case:
     def logits(model: nn.Module) -> Callable[[list[int]], Tensor]:
         return lambda tokens: model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
 
@@ -88,7 +88,8 @@ def case_of(trained: Trained, forget: Samples, retain: Samples) -> reference.Cas
             input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True
         ).hidden_states[behind][0]  # type: ignore[index]
 
-    anew = answered_anew(forget, ANSWERS, torch.Generator().manual_seed(5))
+    length = forget.ids.shape[1] if name == "llmu" else None  # its random answers are no longer than the answers
+    anew = answered_anew(forget, ANSWERS, torch.Generator().manual_seed(5), length)
     models = trained.model, trained.start
     return reference.Case(
         *(reference.rows(samples) for samples in (forget, retain, anew)), *map(logits, models), *map(states, models)
@@ -111,7 +112,7 @@ def gradients(trained: Trained, loss: Tensor) -> list[Tensor]:
 def test_loss_and_gradient_equal_the_twin(trained: Trained, name: str, seed: int, empty: bool) -> None:
     forget, retain = pairs(seed, 3, 7, empty), pairs(seed + 10, 2, 9)
     value, _ = loss_of(name, draw_of(trained, forget, retain))
-    twin = reference.LOSSES[name](case_of(trained, forget, retain), OPTIONS)
+    twin = reference.LOSSES[name](case_of(name, trained, forget, retain), OPTIONS)
     assert value.item() == pytest.approx(twin.item(), rel=1e-5)
     for own, other in zip(gradients(trained, value), gradients(trained, twin), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
@@ -123,7 +124,7 @@ def test_plain_text_has_a_prompt_of_its_first_tokens(trained: Trained, name: str
     forget, retain = whole_text(ids[:2], 3), whole_text(ids[2:], 3)
     value, _ = loss_of(name, draw_of(trained, forget, retain))
     assert value.item() == pytest.approx(
-        reference.LOSSES[name](case_of(trained, forget, retain), OPTIONS).item(), rel=1e-5
+        reference.LOSSES[name](case_of(name, trained, forget, retain), OPTIONS).item(), rel=1e-5
     )
 
 
@@ -147,7 +148,7 @@ def test_what_fills_a_row_up_changes_nothing(trained: Trained, name: str) -> Non
 @pytest.mark.parametrize("name", ["gradient_ascent", "grad_diff", "llmu", "npo", "simnpo", "dpo", "undial"])
 def test_the_losses_of_both_texts_are_told(trained: Trained, name: str) -> None:
     forget, retain = pairs(1, 3, 7), pairs(2, 2, 9)
-    case = case_of(trained, forget, retain)
+    case = case_of(name, trained, forget, retain)
     _, figures = loss_of(name, draw_of(trained, forget, retain))
     by_token = reference.nll(case.forget, case.model), reference.nll_by_row(case.forget, case.model)
     assert figures["forget"] == pytest.approx(by_token[name == "llmu"].item(), rel=1e-5)
@@ -249,9 +250,22 @@ def test_answers_are_those_of_the_rows_that_have_one() -> None:
 
 
 def test_other_answers_stand_behind_the_same_prompts() -> None:
-    anew = answered_anew(SAMPLES, [[5, 6, 7, 8, 9]], torch.Generator())
+    anew = answered_anew(SAMPLES, [[5, 6, 7, 8, 9]], torch.Generator(), length=4)
     assert anew.ids.tolist() == [[2, 5, 6, 7], [1, 1, 5, 6], [0, 0, 0, 0]]
     assert anew.answer.tolist() == [[False, True, True, True], [False, False, True, True], [False] * 4]
+
+
+def test_other_answers_are_whole_unless_they_are_cut() -> None:
+    anew = answered_anew(SAMPLES, [[5, 6, 7, 8, 9]], torch.Generator())
+    assert anew.ids.tolist() == [[2, 5, 6, 7, 8, 9, 0], [1, 1, 5, 6, 7, 8, 9], [0, 0, 0, 0, 0, 0, 0]]
+    assert anew.answer.sum(1).tolist() == [5, 5, 0]
+
+
+def test_trimmed_rows_lose_nothing_that_counts() -> None:
+    long = Samples(nn.functional.pad(SAMPLES.ids, (0, 5)), nn.functional.pad(SAMPLES.answer, (0, 5)))
+    kept = int(SAMPLES.answer.any(0).nonzero().max()) + 1
+    assert torch.equal(long.trimmed().ids, SAMPLES.ids[:, :kept])
+    assert torch.equal(long.trimmed().answer, SAMPLES.answer[:, :kept])
 
 
 def test_other_answers_are_drawn_from_all() -> None:
