@@ -6,10 +6,10 @@
 
 An arm is order/objective and settings of section `unlearn`, each behind a +. `packed`: on the quantised checkpoint,
 straight through its grid, as the pipeline does it; `first`: on the retrained one, in full precision, which is quantised
-afterwards. Each runs the stages as they are, in a folder of its own that has the workspace's data beside it, and is
-judged by stage evaluate on the packed bytes. `start/quantized` is what all arms set out from, `start/dense` the model
-that was never taught; nothing is unlearned in either. With `--attack` stage attack goes on: relearning on 4 samples
-for 10, 50 and 100 steps, rounding anew to 8 and 4 bits, pruning.
+afterwards, and is judged before that, too. Each runs the stages as they are, in a folder of its own that has the
+workspace's data beside it, and is judged by stage evaluate on the packed bytes. `start/quantized` is what all arms set
+out from, `start/dense` the model that was never taught; nothing is unlearned in either. With `--attack` stage attack
+goes on: relearning on 4 samples for 10, 50 and 100 steps, rounding anew to 8 and 4 bits, pruning.
 
 recovered: of the exact memorisation that unlearning has taken away, the share that an attack brings back, on samples
 that the attacker has not seen. Seconds are those of stage unlearn with its start.
@@ -53,6 +53,7 @@ def run_arm(arm: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
         else:
             link(place, "quantized", ROOT / "data" / "retrained")
             found |= unlearned(place)
+            found["before_packing"] = judged(place)
             (place / "data" / "quantized").unlink()
             (place / "data" / "unlearned").rename(place / "data" / "retrained")
             stage(place, "quantize")
