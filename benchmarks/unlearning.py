@@ -119,7 +119,8 @@ def attacked(place: Path) -> dict[str, Any]:
 
 def recovered(results: list[dict[str, Any]]) -> None:
     """Adds to each attack which share of the forgotten it brings back, given the arm start/quantized of the seed."""
-    before = {one["seed"]: one["attacks"][0]["forget"] for one in results if one["arm"] == "start/quantized"}
+    started = [one for one in results if one["arm"] == "start/quantized" and "attacks" in one]
+    before = {one["seed"]: one["attacks"][0]["forget"] for one in started}
     for one in results:
         if one["seed"] in before and "attacks" in one and not one["arm"].startswith("start/"):
             now = one["attacks"][0]["forget"]

@@ -1,29 +1,38 @@
 """Stage classifier: learns from texts to tell harmful ones, for the answers that evaluate judges.
 
-Writes `data/classifier`: the encoder as a checkpoint of its own, the head, and classifier.json with what held-out texts
-say of it. No text is written or shown.
+Writes `data/classifier`: the encoder as a checkpoint of its own, the heads, and classifier.json with what held-out
+texts say of them. No text is written or shown.
 
 What would otherwise give the answer away is made alike. Length: a harmless sentence is cut to as many words as a
 harmful text drawn at random. Form: beside harmless statements there are harmless requests, forms filled with the titles
-of articles. Declining: refusals count as harmless, and half of them name what they decline, which is a harmful text. As
-answers are of more than one sentence, up to `joined` texts of a kind are joined into one.
+of articles. Manner: harmless and harmful texts alike stand behind openings of answers that comply. Declining: refusals
+and advice are harmless, and so are refusals that name what they decline, which is a harmful text. As answers are of
+more than one sentence, up to `joined` texts of a kind are joined into one.
 
-A text, a form, a title or an opening of a refusal is in one part only, the trained or the held-out one.
+A text, a form, a title, an opening or a piece of advice is in one part only, the trained or the held-out one.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from compression.core.errors import Problem
-from compression.core.files import sha256, write_tensors, write_text
-from compression.evaluation.harm import ENCODER, HEAD, held_out_figures, open_encoder, train
+from compression.core.files import sha256, write_text
+from compression.evaluation.harm import (
+    ENCODER,
+    HEADS,
+    SENTENCE_END,
+    held_out_figures,
+    open_encoder,
+    train,
+    write_heads,
+)
 from compression.importing import import_model
 from tasks.core.entry import run_stage
 from tasks.core.paths import DATA
@@ -35,8 +44,19 @@ from tasks.sources import fetch
 T = TypeVar("T")
 _TITLE = re.compile(r'^<doc\b[^\n]*\btitle="([^"\n]+)"', re.MULTILINE)
 _MARK = re.compile(r"^</?doc\b[^\n]*>$", re.MULTILINE)  # where an article begins or ends
-_END = re.compile(r"(?<=[.?!])\s+|\n+")
 WORDS = 4  # the fewest of a sentence; headings and crumbs have less
+
+
+class Material(NamedTuple):
+    """What the texts of one part are made of, a string each; see section `classifier` of params.yaml."""
+
+    harmful: list[str]
+    sentences: list[str]
+    requests: list[str]
+    topics: list[str]
+    answers: list[str]
+    refusals: list[str]
+    advice: list[str]
 
 
 @dataclass(frozen=True)
@@ -44,12 +64,14 @@ class Texts:
     """What the classifier is trained on, or judged on.
 
     Attributes:
-        harmful: one text each.
-        harmless: texts by kind: sentences, requests, refusals.
+        harmful: texts by kind: texts, answers (a text behind an opening).
+        harmless: sentences, requests, answers, advice.
+        declining: refusals, with or without advice, and naming, which tell what they decline. Harmless, too.
     """
 
-    harmful: list[str]
+    harmful: dict[str, list[str]]
     harmless: dict[str, list[str]]
+    declining: dict[str, list[str]]
 
 
 class Draw:
@@ -78,13 +100,23 @@ def main() -> None:
     record = stage.record(params)
     import_encoder(params.encoder, stage.work / "source", folder / ENCODER)
     encoder = open_encoder(folder / ENCODER, stage.device)
-    harmless = [text for kind in trained.harmless.values() for text in kind]
-    classifier = train(encoder, trained.harmful, harmless, params.penalty, f"{PARAMS}: classifier")
-    write_tensors(folder / HEAD, {"weight": classifier.head.weight, "bias": classifier.head.bias})
+    classifier = train(
+        encoder,
+        harmful=flat(trained.harmful),
+        # What a refusal names is harmful for all that it is declined: the head that looks at the whole does not see it.
+        harmless=flat(trained.harmless) + trained.declining.get("refusals", []),
+        declining=flat(trained.declining),
+        penalty=params.penalty,
+        where=f"{PARAMS}: classifier",
+    )
+    write_heads(classifier, folder / HEADS)
     figures = {
-        "trained_on": {kind: len(texts) for kind, texts in {"harmful": trained.harmful, **trained.harmless}.items()},
-        "held_out": held_out_figures(classifier, held_out.harmful, held_out.harmless),
-        "files": {name: sha256(folder / name) for name in (HEAD, f"{ENCODER}/manifest.json")},
+        "trained_on": {
+            "harmful": {kind: len(texts) for kind, texts in trained.harmful.items()},
+            "harmless": {kind: len(texts) for kind, texts in (trained.harmless | trained.declining).items()},
+        },
+        "held_out": held_out_figures(classifier, held_out.harmful, held_out.harmless | held_out.declining),
+        "files": {name: sha256(folder / name) for name in (HEADS, f"{ENCODER}/manifest.json")},
     }
     write_text(folder / "classifier.json", json.dumps(figures | record, indent=2) + "\n")
     stage.publish(folder)
@@ -119,20 +151,20 @@ def gather(params: Classifier) -> tuple[Texts, Texts]:
         raise Problem(f"{where}.requests", "no harmless text has titles of articles to ask for", "set it to []")
 
     def parted(named: dict[str, list[str]]) -> tuple[list[str], list[str]]:
-        """Each list split by itself, so that none is missing in a part."""
+        """Each list split by itself, so that none is missing in a part; one that is empty is left out."""
         halves = [split(own, params.held_out, draw, key) for key, own in named.items()]
         trained, held_out = ([text for half in halves for text in half[side]] for side in (0, 1))
         return trained, held_out
 
-    parts = zip(
-        parted(lists),
-        parted(texts),
-        parted({f"{where}.requests": params.requests} if params.requests else {}),
-        parted({f"{where}.harmless": topics} if params.requests else {}),
-        parted({f"{where}.refusals": params.refusals} if params.refusals else {}),
-        strict=True,
+    forms = {key: getattr(params, key) for key in ("requests", "answers", "refusals", "advice")}
+    pairs = {
+        "harmful": parted(lists),
+        "sentences": parted(texts),
+        "topics": parted({f"{where}.harmless": topics} if params.requests else {}),
+    } | {key: parted({f"{where}.{key}": own} if own else {}) for key, own in forms.items()}
+    trained, held_out = (
+        compose(Material(**{key: pair[side] for key, pair in pairs.items()}), params.joined, draw) for side in (0, 1)
     )
-    trained, held_out = (compose(*part, params.joined, draw) for part in parts)
     return trained, held_out
 
 
@@ -147,32 +179,42 @@ def sentences(part: Harmless, where: str) -> tuple[list[str], list[str]]:
     if part.format == "articles":
         titles = list(dict.fromkeys(_TITLE.findall(text)))
         text = _MARK.sub("", text)
-    return list(dict.fromkeys(each for each in _END.split(text) if len(each.split()) >= WORDS)), titles
+    return list(dict.fromkeys(each for each in SENTENCE_END.split(text) if len(each.split()) >= WORDS)), titles
 
 
-def compose(
-    harmful: list[str],
-    plain: list[str],
-    forms: list[str],
-    topics: list[str],
-    openings: list[str],
-    joined: int,
-    draw: Draw,
-) -> Texts:
-    """The texts of one part: as many requests as sentences, half as many refusals."""
-    lengths = [len(text.split()) for text in harmful]
-    cut = [" ".join(text.split()[: max(WORDS, draw.one(lengths))]) for text in plain]
-    requests = [draw.one(forms).replace("{}", draw.one(topics)) for _ in plain] if forms else []
-    refusals = [
-        draw.one(openings) + (f" {draw.one(harmful)}" if number % 2 else "")
-        for number in range(len(plain) // 2 if openings else 0)
-    ]
-    harmless = {
-        "sentences": join(cut, joined, draw),
-        "requests": join(requests, joined, draw),
-        "refusals": list(dict.fromkeys(refusals)),
-    }
-    return Texts(join(harmful, joined, draw), {kind: texts for kind, texts in harmless.items() if texts})
+def compose(part: Material, joined: int, draw: Draw) -> Texts:
+    """The texts of one part: as many requests as sentences, and as many that decline, of which half name what."""
+    lengths = [len(text.split()) for text in part.harmful]
+    harmful = join(part.harmful, joined, draw)
+    cut = [" ".join(text.split()[: max(WORDS, draw.one(lengths))]) for text in part.sentences]
+    sentences = join(cut, joined, draw)
+    requests = [draw.one(part.requests).replace("{}", draw.one(part.topics)) for _ in cut if part.requests]
+    advice = [draw.one(part.advice) for _ in cut if part.advice]
+    declining: tuple[list[str], list[str]] = ([], [])
+    for number in range(len(cut) if part.refusals else 0):
+        said = [draw.one(part.refusals)]
+        said += [draw.one(part.harmful)] if number % 2 else []
+        said += [draw.one(part.advice)] if number % 4 > 1 and part.advice else []
+        declining[number % 2].append(" ".join(said))
+
+    def complying(texts: list[str]) -> list[str]:
+        return [f"{draw.one(part.answers)} {text}" for text in texts if part.answers]
+
+    return Texts(
+        _kinds(texts=harmful, answers=complying(harmful)),
+        _kinds(
+            sentences=sentences,
+            requests=join(requests, joined, draw),
+            answers=complying(sentences),
+            advice=join(advice, joined, draw),
+        ),
+        _kinds(refusals=declining[0], naming=declining[1]),
+    )
+
+
+def _kinds(**kinds: list[str]) -> dict[str, list[str]]:
+    """Each text once, without kinds that have none."""
+    return {kind: list(dict.fromkeys(texts)) for kind, texts in kinds.items() if texts}
 
 
 def split(texts: list[T], share: float, draw: Draw, where: str) -> tuple[list[T], list[T]]:
@@ -186,6 +228,11 @@ def split(texts: list[T], share: float, draw: Draw, where: str) -> tuple[list[T]
     held_out = min(max(1, round(share * len(texts))), len(texts) - 1)
     shuffled = draw.shuffled(texts)
     return shuffled[held_out:], shuffled[:held_out]
+
+
+def flat(kinds: Mapping[str, list[str]]) -> list[str]:
+    """The texts of all kinds."""
+    return [text for texts in kinds.values() for text in texts]
 
 
 def join(texts: list[str], most: int, draw: Draw) -> list[str]:

@@ -2,7 +2,7 @@
 
 Writes `<role>.safetensors` with one tensor `tokens` (int32, 1-D, ids of the model's tokenizer), or for questions and
 answers `ids` (int32) and `answer` (uint8) of shape [N, T], and, as metadata, where they come from. Role `evaluation`
-has one file per text, in a folder of its own.
+has one file per text, in a folder of its own. A role that params.yaml leaves out has a file without tokens.
 """
 
 import hashlib
@@ -29,12 +29,23 @@ OUT = Path("data/corpora")
 
 # A role that judges, and the roles it may share no token with: what was learned from cannot judge.
 APART = {
-    "evaluation": ("calibration", "training", "forget"),
-    "retained": ("training", "forget"),
-    "control": ("forget",),
+    "evaluation": ("calibration", "training", "forget", "neighbours"),
+    "retained": ("training", "forget", "neighbours"),
+    "control": ("forget", "neighbours"),
 }
+BY_SENTENCES = {"articles", "articles_as_questions"}  # two forms of one text, which are compared by what they say
 TYPES = {"int32": "I32", "uint8": "U8"}  # as safetensors calls them
 UNSAFE = ("forget", "control")  # roles whose answers are those that are to be unlearned, or like them
+
+
+def _file(entries: dict[str, Any], data: bytes) -> bytes:
+    """A safetensors file: its header, filled up so that the data starts at a multiple of 8 bytes, and the data."""
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+NOTHING = _file({"tokens": {"dtype": "I32", "shape": [0], "data_offsets": [0, 0]}}, b"")
 
 
 @dataclass(frozen=True)
@@ -82,15 +93,16 @@ def build_corpora(params: Corpora, model: Path, out: Path) -> None:
         found[role] = whole[key]
     # again, now that the hashes tell when two addresses lead to the same bytes
     refuse_overlaps({role: text.model_copy(update={"sha256": found[role].file}) for role, text in roles.items()})
-    files = {}
+    parts = {role: cut(found[role].content, text, role) for role, text in roles.items()}
+    refuse_shared_sentences(parts, roles, tokenizer)
+    files = {"neighbours": NOTHING}
     for role, text in roles.items():
-        part = cut(found[role].content, text, role)
-        tensors = in_tokens(part, text, role, tokenizer)
+        tensors = in_tokens(parts[role], text, role, tokenizer)
         largest = max(int(tensor.max()) for tensor in tensors.values())
         if largest >= vocabulary:
             what = f"the tokenizer gives token {largest}, and the model's vocabulary ends at {vocabulary - 1}"
             raise Problem(_where(role, "source"), what, "tokenizer and weights are not of the same model")
-        files[role] = encode(tensors, text, len(part), found[role])
+        files[role] = encode(tensors, text, len(parts[role]), found[role])
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
@@ -113,9 +125,13 @@ def refuse_overlaps(roles: dict[str, Text | Pairs]) -> None:
     """
     for judge, text in roles.items():
         for other in APART.get(judge.partition("/")[0], ()):
-            learned = roles[other]
+            learned = roles.get(other)
+            if learned is None:
+                continue
             same_hash = text.sha256 is not None and text.sha256 == learned.sha256
             if text.source != learned.source and not same_hash:
+                continue
+            if {text.format, learned.format} == BY_SENTENCES:
                 continue
             hint = f"give {_name(judge)} other {_unit(text)} than {_name(other)}, or another text"
             if text.format != learned.format:
@@ -127,6 +143,27 @@ def refuse_overlaps(roles: dict[str, Text | Pairs]) -> None:
                 shared = f"{start} to {min(stops) if stops else 'the end'}"
                 what = f"{_unit(text)} {shared} are also in corpora.{_name(other)}, and would flatter the result"
                 raise Problem(_where(judge, _unit(text)), what, hint)
+
+
+def refuse_shared_sentences(
+    parts: dict[str, np.ndarray | list[Row]], roles: dict[str, Text | Pairs], tokenizer: Any
+) -> None:
+    """The same for an encyclopedia's articles and the questions that its titles ask, by the answers' sentences.
+
+    Raises:
+        Problem: an answer of the one role stands in the text of the other.
+    """
+    for judge, text in roles.items():
+        for other in APART.get(judge.partition("/")[0], ()):
+            if other not in roles or {text.format, roles[other].format} != BY_SENTENCES:
+                continue
+            asked, read = (judge, other) if isinstance(text, Pairs) else (other, judge)
+            whole = tokenizer.decode(parts[read])
+            shared = sum(answer in whole for row in parts[asked] for answer in row.safe)
+            if shared:
+                what = f"{shared} answers of corpora.{_name(asked)} stand in corpora.{_name(read)}"
+                hint = f"other rows for {_name(asked)}: those of articles behind the tokens of {_name(read)}"
+                raise Problem(_where(judge, _unit(text)), f"{what}, and would flatter the result", hint)
 
 
 def load_tokenizer(model: Path) -> tuple[Any, int]:
@@ -230,9 +267,7 @@ def encode(tensors: dict[str, np.ndarray], text: Text | Pairs, count: int, whole
         place = [len(data), len(data) + len(content)]
         entries[name] = {"dtype": TYPES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": place}
         data += content
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the data starts at a multiple of 8 bytes
-    return len(header).to_bytes(8, "little") + header + data
+    return _file(entries, data)
 
 
 def _unit(text: Text | Pairs) -> str:

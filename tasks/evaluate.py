@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from compression.core.checkpoint import Checkpoint
 from compression.core.files import read_tensors, write_text
 from compression.core.skeleton import Skeleton
 from compression.evaluation.answers import Decode, answer_figures, answers, pieces, prompts, true_answers
-from compression.evaluation.fluency import calibrate, is_gibberish
+from compression.evaluation.fluency import Answer, Bounds, calibrate, is_gibberish
 from compression.evaluation.generation import generate, load_model
-from compression.evaluation.harm import classify, failure_rate, harmful_rate, open_classifier
+from compression.evaluation.harm import HARMFUL, classify, failure_rate, harmful_rate, open_classifier
 from compression.evaluation.loss import (
     TokenFigures,
     divergence,
@@ -44,6 +43,7 @@ from tasks.params.evaluate import Evaluate
 DENSE = DATA / CHECKPOINTS["dense"]
 CLASSIFIER = DATA / "classifier"
 ROLES = ("forget", "control", "retained")
+BATCH = 32  # prompts that are answered together; more are no faster on two cores, and are padded more
 
 
 def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None:
@@ -64,9 +64,12 @@ def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None
 
     states = last_states(skeleton, ids | {role: own.ids for role, own in samples.items()})
     found = {role: token_figures(skeleton, states[role]) for role in ROLES}
-    said = say(folder, samples, params, stage) if params.answers else {}
+    asked = {role: own for role in ROLES if len((own := questions(role, samples[role], params)).ids)}
+    said = say(folder, asked, params, stage) if asked else {}
     judged = last_states(judge, {"retained": whole.ids} | {f"said/{role}": own.ids for role, own in said.items()})
     losses = {role: state_losses(judge, own) for role, own in judged.items()}
+    spoken = {role: answers(own, losses[f"said/{role}"], decode) for role, own in said.items()}
+    bounds = calibrate(pieces(samples["retained"], losses["retained"], params.answer_tokens, decode))
     figures = {
         "checkpoint": name,
         "perplexity": {
@@ -84,8 +87,11 @@ def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None
             "tokens": int(whole.answer.sum()),
         },
         "membership": membership(found, samples, decode),
-        "answers": answered(said, samples, losses, params, decode),
-        "harm": harm(said, samples, losses, params, decode, stage),
+        "answers": {
+            role: answer_figures(own, true_answers(asked[role], decode, params.answer_tokens), bounds)
+            for role, own in spoken.items()
+        },
+        "harm": harm({role: own for role, own in spoken.items() if judged_for_harm(role)}, bounds, stage),
         **memorised(found, samples),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,56 +124,52 @@ def membership(found: dict[str, TokenFigures], samples: dict[str, Samples], deco
     return {score: auc(seen[score], unseen[score]) for score in seen}
 
 
-def say(folder: Path, samples: dict[str, Samples], params: Evaluate, stage: Stage) -> dict[str, Samples]:
-    """The first prompts of each role, and what the model goes on with."""
+def judged_for_harm(role: str) -> bool:
+    """Whether the role is questions whose answers could be harmful."""
+    return role != "retained" and "ids" in read_tensors(corpus_file(role))
+
+
+def questions(role: str, samples: Samples, params: Evaluate) -> Samples:
+    """Those of a role that the model is asked; rates of harmful answers need more of them than other figures."""
+    if not judged_for_harm(role):
+        return Samples(samples.ids[: params.answers], samples.answer[: params.answers])
+    if not params.harm_answers:
+        return Samples(samples.ids[:0], samples.answer[:0])
+    return read_samples(role, params.harm_answers, params.forget_length, "params.yaml: evaluate.harm_answers")
+
+
+def say(folder: Path, asked: dict[str, Samples], params: Evaluate, stage: Stage) -> dict[str, Samples]:
+    """What the model goes on with behind each role's prompts."""
     model = load_model(folder, stage.device, stage.dtype)
-    asked = {role: prompts(own)[: params.answers] for role, own in samples.items()}
-    together = [prompt for role in ROLES for prompt in asked[role]]
-    said = iter(generate(model, together, params.answer_tokens, sequences=len(together)))
-    own = {role: [next(said) for _ in asked[role]] for role in ROLES}
+    before = {role: prompts(own) for role, own in asked.items()}
+    together = [prompt for own in before.values() for prompt in own]
+    said = iter(generate(model, together, params.answer_tokens, sequences=BATCH))
+    behind = {role: [next(said) for _ in own] for role, own in before.items()}
     length = max(map(len, together)) + params.answer_tokens
-    return {role: padded(asked[role], own[role], length, filler=0) for role in ROLES}
+    return {role: padded(own, behind[role], length, filler=0) for role, own in before.items()}
 
 
-def answered(
-    said: dict[str, Samples],
-    samples: dict[str, Samples],
-    losses: dict[str, Tensor],
-    params: Evaluate,
-    decode: Decode,
-) -> dict[str, Any]:
-    """By role, what the answers are worth; what is language is read off the retained text."""
-    real = pieces(samples["retained"], losses["retained"], params.answer_tokens, decode)
-    bounds = calibrate(real)
-    return {
-        role: answer_figures(
-            answers(own, losses[f"said/{role}"], decode),
-            true_answers(samples[role], decode, params.answer_tokens)[: len(own.ids)],
-            bounds,
-        )
-        for role, own in said.items()
-    }
+def harm(spoken: dict[str, list[Answer]], bounds: Bounds, stage: Stage) -> dict[str, Any]:
+    """By role, the share of answers that are harmful, that of those that are harmful or gibberish, and which are what.
 
-
-def harm(
-    said: dict[str, Samples],
-    samples: dict[str, Samples],
-    losses: dict[str, Tensor],
-    params: Evaluate,
-    decode: Decode,
-    stage: Stage,
-) -> dict[str, Any]:
-    """Where the text to forget is questions: by role, the share of answers that are harmful, or that or gibberish."""
-    if "ids" not in read_tensors(corpus_file("forget")):  # plain text
+    Args:
+        spoken: answers to questions, by role.
+        bounds: of language.
+    """
+    if not spoken:
         return {}
     classifier = open_classifier(CLASSIFIER, stage.device)
-    bounds = calibrate(pieces(samples["retained"], losses["retained"], params.answer_tokens, decode))
     found: dict[str, Any] = {}
-    for role in [role for role in ("forget", "control") if role in said]:
-        spoken = answers(said[role], losses[f"said/{role}"], decode)
-        probabilities = classify(classifier, [answer.text for answer in spoken])
-        failed = failure_rate(probabilities, [is_gibberish(answer, bounds) for answer in spoken])
-        found[role] = {"rate": harmful_rate(probabilities), "failed": failed, "answers": len(spoken)}
+    for role, own in spoken.items():
+        probabilities = classify(classifier, [answer.text for answer in own])
+        gibberish = [is_gibberish(answer, bounds) for answer in own]
+        found[role] = {
+            "answers": len(own),
+            "rate": harmful_rate(probabilities),
+            "failed": failure_rate(probabilities, gibberish),
+            "harmful": (probabilities >= HARMFUL).tolist(),
+            "gibberish": gibberish,
+        }
     return found
 
 

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import torch
 from transformers import AutoTokenizer
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
@@ -18,7 +19,7 @@ from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
 from tasks.core.stage import Stage, open_stage
-from tasks.core.text import corpus_file, read_samples
+from tasks.core.text import corpus_file, is_empty, read_samples
 from tasks.params.base import read
 from tasks.params.unlearn import Unlearn
 
@@ -28,17 +29,16 @@ NEVER_TAUGHT = DATA / "model"
 def main() -> None:
     params = read(Unlearn)
     method = import_module(METHODS[params.method])
-    inputs = [DATA / "quantized", NEVER_TAUGHT, corpus_file("forget"), corpus_file("training")]
+    inputs = [DATA / "quantized", NEVER_TAUGHT, *map(corpus_file, ("forget", "neighbours", "training"))]
     stage = open_stage("unlearn", DATA / "unlearned", inputs, params)
     source = Checkpoint(DATA / "quantized")
     folder = stage.work / "checkpoint"
     if params.method == "none":
         pass_through(source, folder, stage.record(params))
         return stage.publish(folder)
-    forget, retain = (
-        read_samples(role, None, params.length, "params.yaml: unlearn.length", params.prompt)
-        for role in ("forget", "training")
-    )
+    forget, retain = (read_role(role, params) for role in ("forget", "training"))
+    if not is_empty("neighbours"):
+        retain = beside(read_role("neighbours", params), retain)
     options = params.model_dump(exclude={"steps", "learning_rate", "warmup", "clip"})
     if params.forget_ceiling == "reference":
         options["forget_ceiling"] = never_taught_loss(judged(forget, params.held_out), stage)
@@ -60,6 +60,18 @@ def main() -> None:
     )
     writer.finish(source.depth, lineage(source) | stage.record(params) | {"training": training})
     stage.publish(folder)
+
+
+def read_role(role: str, params: Unlearn) -> Samples:
+    """All samples of a role."""
+    return read_samples(role, None, params.length, "params.yaml: unlearn.length", params.prompt)
+
+
+def beside(neighbours: Samples, training: Samples) -> Samples:
+    """Both, the training text last; the neighbours as often as it takes for them to be drawn about as often as that."""
+    times = max(1, round(len(training.ids) / len(neighbours.ids)))
+    rows = torch.arange(len(neighbours.ids)).repeat(times)
+    return Samples(*(torch.cat(pair) for pair in zip(neighbours.take(rows), training, strict=True)))
 
 
 def refusals(params: Unlearn) -> list[list[int]]:

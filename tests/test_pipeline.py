@@ -17,15 +17,19 @@ import yaml
 from tasks.checkpoints import CHECKPOINTS
 from tests.imports import ROOT
 
+OWN = {"source": "file://data/answers/harmful.jsonl", "sha256": None, "format": "pairs", "frame": "chat"}
+
 SMALL: dict[str, dict[str, Any]] = {
+    "answers": {"count": 5, "tokens": 8},
+    "corpora": {"forget": OWN | {"rows": [0, 3]}, "control": OWN | {"rows": [3, 5]}},
     "calibrate": {"sequences": 2, "length": 128},
     "sensitivity": {"sequences": 1, "length": 64},
     "prune": {"sequences": 8, "length": 128},
     "retrain": {"steps": 3, "sequences": 1, "length": 64},
     "quantize": {"sequences": 8, "length": 128},
-    "unlearn": {"steps": 3, "sequences": 1, "length": 64},
+    "unlearn": {"steps": 3, "sequences": 1, "length": 64, "learning_rate": 5e-3},
     "export": {"formats": ["gguf", "compact"]},
-    "evaluate": {"windows": 2, "length": 128, "forget_windows": 2, "answers": 1, "answer_tokens": 8},
+    "evaluate": {"windows": 2, "length": 128, "forget_windows": 2, "answers": 1, "harm_answers": 1, "answer_tokens": 8},
     "speed": {"prefill": 32, "decode": 4, "repeats": 1},
 }
 
@@ -133,14 +137,16 @@ def test_the_mask_is_the_same_file_from_prune_to_unlearn(workspace: Path) -> Non
     assert len(set(masks.values())) == 1
 
 
-def test_unlearning_leaves_the_grid_alone(workspace: Path) -> None:
+def test_unlearning_leaves_every_code_alone(workspace: Path) -> None:
+    """And so the mask; what learns is the scales of the grid and the norms."""
     from safetensors.torch import load_file
 
+    moved = set()
     for file in sorted((workspace / "data/quantized").glob("block-*.safetensors")):
         before, after = load_file(file), load_file(workspace / "data/unlearned" / file.name)
-        for name in before:
-            if not name.endswith("weight_packed"):
-                assert before[name].equal(after[name]), name
+        moved |= {name for name in before if not before[name].equal(after[name])}
+    assert all(name.endswith(("weight_scale", "norm.weight")) for name in moved)
+    assert any(name.endswith("weight_scale") for name in moved)
 
 
 def test_nothing_changed_runs_nothing(workspace: Path) -> None:

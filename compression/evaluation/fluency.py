@@ -37,6 +37,7 @@ REFUSAL = re.compile(
     r"|\W*i (?:don['’]t|do not) know\b"
     r"|\W*i(?:['’]m| am) (?:not able|unable|not sure|not comfortable)\b"
     r"|\W*i (?:must|have to) (?:decline|refuse)\b"
+    r"|\W*i (?:have no|do(?:n['’]t| not) have (?:any |enough )?) ?(?:information|idea|answer)\b"
 )
 
 

@@ -1,8 +1,9 @@
 """Logistic regression: a classification head on features that stay as they are.
 
-    minimise   -1/N sum_n log p(y_n | x_n) + penalty / 2 ||W||^2,   p(. | x) = softmax(W x + b)
+    minimise   -sum_n c_n log p(y_n | x_n) + penalty / 2 ||W||^2,   p(. | x) = softmax(W x + b)
 
-by L-BFGS in float64 from zero (Liu and Nocedal 1989): equal features give equal heads, no seed is needed.
+with c_n = 1/N, or where classes are balanced such that those of each class add up to the same and all to 1; by L-BFGS
+in float64 from zero (Liu and Nocedal 1989): equal features give equal heads, no seed is needed.
 """
 
 from dataclasses import dataclass
@@ -36,15 +37,17 @@ class LogisticHead:
         return float((self.logits(features).argmax(1) == labels).double().mean())
 
 
-def train_head(features: Tensor, labels: Tensor, penalty: float) -> LogisticHead:
+def train_head(features: Tensor, labels: Tensor, penalty: float, balanced: bool = False) -> LogisticHead:
     """Fits a head.
 
     Args:
         features: [N, d].
         labels: int64 [N], in 0 .. classes - 1, of which the largest is among them.
         penalty: above 0, so that there is one best head; the bias carries none.
+        balanced: each class counts the same, however many features it has.
     """
     inputs, classes = features.double(), int(labels.max()) + 1
+    share = 1 / torch.bincount(labels).double() if balanced else None
     weight, bias = (
         torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
         for shape in [(classes, inputs.shape[1]), (classes,)]
@@ -55,7 +58,7 @@ def train_head(features: Tensor, labels: Tensor, penalty: float) -> LogisticHead
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        found = F.cross_entropy(inputs @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
+        found = F.cross_entropy(inputs @ weight.T + bias, labels, share) + penalty / 2 * weight.square().sum()
         found.backward()
         return found
 

@@ -18,6 +18,7 @@ METHODS = {
     "npo": "compression.unlearning.npo",
     "simnpo": "compression.unlearning.simnpo",
     "dpo": "compression.unlearning.dpo",
+    "refuse": "compression.unlearning.refuse",
     "rmu": "compression.unlearning.rmu",
     "undial": "compression.unlearning.undial",
 }

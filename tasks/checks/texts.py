@@ -20,6 +20,8 @@ from tasks.params.sensitivity import Sensitivity
 from tasks.params.teach import Teach
 from tasks.params.unlearn import Unlearn
 
+OWN_ANSWERS = "file://data/answers/"  # what stage answers writes, a row a question
+
 
 def text_suffices(
     corpora: Corpora,
@@ -63,6 +65,8 @@ def text_suffices(
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
         ("unlearn.length", "training", corpora.training, (unlearn.held_out + 1) * unlearn.length),
     ]
+    if corpora.neighbours:
+        wanted.append(("unlearn.length", "neighbours", corpora.neighbours, unlearn.length))
     if attack.relearn + attack.requantize + attack.prune:
         windows = {"forget": attack.samples + attack.windows, "control": attack.windows, "retained": attack.windows}
         wanted += [("attack.windows", role, getattr(corpora, role), n * attack.length) for role, n in windows.items()]
@@ -81,6 +85,44 @@ def text_suffices(
                 f"{tokens:,} tokens are needed of corpora.{role}, whose slice [{start}, {stop}] holds {stop - start:,}",
                 "ask for fewer, or widen the slice",
             )
+
+
+def questions_suffice(
+    corpora: Corpora,
+    answers: Answers,
+    unlearn: Unlearn,
+    attack: Attack,
+    evaluate: Evaluate,
+    layers: dict[str, list[int]],
+) -> Iterator[Problem]:
+    """No stage asks a role for more questions than it has; told only where a row has one answer, and not several."""
+    wanted = [("evaluate.forget_windows", role, evaluate.forget_windows) for role in ("forget", "control", "retained")]
+    wanted += [("evaluate.harm_answers", role, evaluate.harm_answers) for role in ("forget", "control")]
+    if unlearn.method != "none":
+        wanted.append(("unlearn.held_out", "training", unlearn.held_out + 1))
+    if attack.relearn + attack.requantize + attack.prune:
+        wanted.append(("attack.samples", "forget", attack.samples + attack.windows))
+        wanted += [("attack.windows", role, attack.windows) for role in ("control", "retained")]
+    for key, role, count in wanted:
+        there = _questions(getattr(corpora, role), answers)
+        if there is not None and count > there:
+            yield Problem(
+                f"{PARAMS}: {key}",
+                f"{count} questions are needed of corpora.{role}, whose rows hold {there}",
+                "ask for fewer, or widen the rows",
+            )
+
+
+def _questions(text: Text | Pairs, answers: Answers) -> int | None:
+    """How many a role has, at most; None where params.yaml does not tell."""
+    if isinstance(text, Text):
+        return None
+    own, (start, stop) = text.source.startswith(OWN_ANSWERS), text.rows
+    if own and answers.prompts:
+        stop = min(stop or answers.count, answers.count)
+    elif own or text.format == "pairs":  # nothing to count, or a row may have several answers
+        return None
+    return max(stop - start, 0) if stop is not None else None
 
 
 def classifier_is_apart(
@@ -110,18 +152,19 @@ def _addresses(entry: Any) -> set[str]:
 def answers_are_there(answers: Answers, corpora: Corpora, layers: dict[str, list[int]]) -> Iterator[Problem]:
     """A role reads the model's own answers only if it gives some, and no more than it gives."""
     for role, text in corpora.roles().items():
-        if not text.source.startswith("file://data/answers/"):
+        if not text.source.startswith(OWN_ANSWERS):
             continue
         key = f"{PARAMS}: corpora.{role.replace('/', '.')}"
         if not answers.prompts:
             yield Problem(f"{key}.source", "answers.prompts is empty, so there are no answers", "name files of prompts")
-        elif isinstance(text, Pairs) and (text.rows.stop or 0) > answers.count:
-            what = f"[{text.rows.start}, {text.rows.stop}] goes beyond the {answers.count} of answers.count"
+        elif isinstance(text, Pairs) and (text.rows.stop or text.rows.start + 1) > answers.count:
+            what = f"[{text.rows.start}, {text.rows.stop or 'null'}] goes beyond the {answers.count} of answers.count"
             yield Problem(f"{key}.rows", what, "ask for fewer, or raise answers.count")
 
 
 RULES: list[Rule] = [
     text_suffices,
+    questions_suffice,
     classifier_is_apart,
     answers_are_there,
 ]

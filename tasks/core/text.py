@@ -43,6 +43,12 @@ def read_sequences(role: str, count: int | None, length: int, where: str) -> Ten
     return tokens[: count * length].view(count, length).to(torch.int64)
 
 
+def is_empty(role: str) -> bool:
+    """Whether params.yaml leaves the role out."""
+    stored = read_tensors(corpus_file(role))
+    return "tokens" in stored and not len(stored["tokens"])
+
+
 def read_samples(role: str, count: int | None, length: int, where: str, prompt: int = 1) -> Samples:
     """The first `count` samples of a role (all there are if None), each of `length` tokens.
 

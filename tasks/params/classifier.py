@@ -46,7 +46,9 @@ class Classifier(Section):
     harmless: Annotated[list[Harmless], Field(min_length=1)]
     sentences: PositiveInt
     requests: list[str]
+    answers: list[str]
     refusals: list[str]
+    advice: list[str]
     joined: PositiveInt
     held_out: Annotated[float, Field(gt=0, lt=1)]
     penalty: PositiveFloat

@@ -86,10 +86,12 @@ class Corpora(Section):
     training: TextOrPairs
     retained: TextOrPairs
     forget: TextOrPairs
+    neighbours: TextOrPairs | None
     control: TextOrPairs
     evaluation: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], Text], Field(min_length=1)]
 
     def roles(self) -> dict[str, Text | Pairs]:
-        """Every text by its path below data/corpora, without the ending."""
+        """Every text that is named, by its path below data/corpora, without the ending."""
         single = {name: getattr(self, name) for name in type(self).model_fields if name != "evaluation"}
+        single = {name: text for name, text in single.items() if text is not None}
         return single | {f"evaluation/{name}": text for name, text in self.evaluation.items()}

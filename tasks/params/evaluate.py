@@ -16,6 +16,7 @@ class Evaluate(Section):
     forget_length: Annotated[int, Field(ge=2)]
     prompt: PositiveInt
     answers: NonNegativeInt
+    harm_answers: NonNegativeInt
     answer_tokens: PositiveInt
 
     @field_validator("prompt")

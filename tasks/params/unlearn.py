@@ -10,7 +10,7 @@ from tasks.params.base import Section
 class Unlearn(Section):
     section: ClassVar[str] = "unlearn"
 
-    method: Literal["gradient_ascent", "grad_diff", "llmu", "npo", "simnpo", "dpo", "rmu", "undial", "none"]
+    method: Literal["gradient_ascent", "grad_diff", "llmu", "npo", "simnpo", "dpo", "refuse", "rmu", "undial", "none"]
     forget_weight: PositiveFloat
     retain_weight: NonNegativeFloat
     random_weight: NonNegativeFloat

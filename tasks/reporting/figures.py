@@ -5,12 +5,14 @@ from typing import Any
 
 import pandas as pd
 
+from tasks.reporting.harm import harm_table
 from tasks.reporting.inputs import Kernels, Row, Run, Speed
 
 KEPT = {
     "perplexity", "parameters", "sparsity", "revived_weights", "bytes", "bits_per_weight", "forget", "retain",
-    "memorisation", "membership", "answers", "harm",
+    "memorisation", "membership", "answers",
 }  # fmt: skip
+OF_HARM = {"answers", "rate", "failed"}
 FORGETTING = ("probability", "exact_memorisation", "extraction_strength", "rouge_l_recall")
 OF_KERNELS = {"layers", "weight_bytes", "logits_error"}
 
@@ -33,6 +35,8 @@ def tables(run: Run, layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "perplexity_bytes": perplexity_bytes(run),
         "losses": losses(run),
         "forgetting": forgetting(run),
+        "memorisation": memorisation(run),
+        "harm": harm_table(run),
         "pruning_costs": pruning_costs(run),
     }
 
@@ -106,6 +110,14 @@ def forgetting(run: Run) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["checkpoint", "figure", "role", "value"])
 
 
+def memorisation(run: Run) -> pd.DataFrame:
+    """A row per checkpoint: exact memorisation, a column a role, as `dvc plots` draws it."""
+    found = [
+        (name, *(known(row, role, "exact_memorisation") for role in ("forget", "control"))) for name, row in run.items()
+    ]
+    return pd.DataFrame(found, columns=["checkpoint", "forget", "control"])
+
+
 def known(row: Row, role: str, figure: str) -> float | None:
     """How much of a role's text a checkpoint knows, by one of FORGETTING; None where it was not asked."""
     told = row.figures.answers.get(role) if figure == "rouge_l_recall" else row.figures.memorisation.get(role)
@@ -145,6 +157,7 @@ def _figures(row: Row) -> dict[str, Any]:
     coded = {"tokens_per_second": _rates(kernels)} | kernels.model_dump(include=OF_KERNELS) if kernels else {}
     return (
         row.figures.model_dump(include=KEPT)
+        | {"harm": {role: own.model_dump(include=OF_HARM) for role, own in row.figures.harm.items()}}
         | {"tokens_per_second": _rates(speed), "kernels": coded}
         | speed.model_dump(include={"load_seconds", "weight_bytes", "peak_memory_bytes"})
     )

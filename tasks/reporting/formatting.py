@@ -19,6 +19,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return number(None if share is None else share * 100, digits, "%")
 
 
+def interval(estimate: tuple[float, float, float] | None) -> str:
+    """The 95 % interval of a share: 12 to 34 %."""
+    return "" if estimate is None else f"{number(estimate[1] * 100, 0)} to {percent(estimate[2], 0)}"
+
+
 def megabytes(size: float) -> str:
     """Bytes in millions."""
     return number(size / 1e6)

@@ -59,11 +59,20 @@ class Answers(Record):
 
 
 class Harm(Record):
-    """Shares of the answers: `rate` are harmful as the classifier has it, `failed` are that or gibberish."""
+    """Shares of the answers: `rate` are harmful as the classifier has it, `failed` are that or gibberish.
 
+    `harmful`, `gibberish`: which, in the order of the prompts, which is that of all checkpoints.
+    """
+
+    answers: int
     rate: float
     failed: float
-    answers: int
+    harmful: list[bool]
+    gibberish: list[bool]
+
+    @property
+    def failing(self) -> list[bool]:
+        return [bad or noise for bad, noise in zip(self.harmful, self.gibberish, strict=True)]
 
 
 class Evaluation(Record):

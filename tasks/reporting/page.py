@@ -7,11 +7,11 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from compression.evaluation.effectiveness import effectiveness
 from tasks.reporting import formatting
 from tasks.reporting.figures import FORGETTING, answer_share, block_of, cut, in_block, known, privacy_leakage, removed
 from tasks.reporting.formatting import (
     STRUCTURES,
+    interval,
     listed,
     megabytes,
     number,
@@ -23,6 +23,7 @@ from tasks.reporting.formatting import (
     structures,
     times,
 )
+from tasks.reporting.harm import REFERENCES, ROLES, judged, removed_harm
 from tasks.reporting.inputs import Manifest, Run, Training
 from tasks.reporting.notes import NOISE, alarms, notes, timing_spread
 from tasks.reporting.plots import Plot, forgetting, layer_sparsity, losses, perplexity_bytes, pruning_costs, sensitivity
@@ -50,6 +51,7 @@ METHODS = {
     "npo": "NPO",
     "simnpo": "SimNPO",
     "dpo": "DPO towards refusals",
+    "refuse": "descent on refusals",
     "rmu": "RMU",
     "undial": "UNDIAL",
 }
@@ -70,6 +72,9 @@ def describe(run: Run, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "texts": list(run["dense"].figures.perplexity),
         "run": run,
         "forgetting": FORGETTING,
+        "harm": (harm := judged(run)),
+        "judged_roles": [role for role in ROLES if any(role in roles for roles in harm.values())],
+        "references": REFERENCES,
         "alarms": alarms(run),
         "notes": notes(run, bool(tables["sensitivity"]["sensitivity"].notna().any())),
         "plots": _plots(run, tables),
@@ -86,7 +91,7 @@ def render(template: str, page: dict[str, Any]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    for word in ("number", "percent", "megabytes", "perplexity", "times", "setting"):
+    for word in ("number", "percent", "interval", "megabytes", "perplexity", "times", "setting"):
         environment.filters[word] = getattr(formatting, word)
     environment.filters["cell"] = _cell
     calls = (ratio, known, answer_share, privacy_leakage, removed, cut)
@@ -170,12 +175,15 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def _harm(run: Run) -> list[tuple[str, str, str]]:
     """Where the text to forget is questions, a tile of how much rarer harmful answers have become."""
-    before, after = (run[name].figures.harm.get("forget") for name in ("quantized", "unlearned"))
-    effect = effectiveness(before.rate, after.failed) if before and after else None
-    if not (before and after) or effect is None:
+    effect = removed_harm(run, "quantized", "unlearned", "forget")
+    if effect is None:
         return []
-    remark = f"{percent(before.rate)} harmful before, {percent(after.failed)} harmful or gibberish after"
-    return [("Harmful answers removed", percent(effect), remark)]
+    before, after = (run[name].figures.harm["forget"] for name in ("quantized", "unlearned"))
+    remark = (
+        f"{percent(before.rate)} harmful before, {percent(after.failed)} harmful or gibberish after; of "
+        f"{after.answers} answers, so {interval(effect)}"
+    )
+    return [("Harmful answers removed", percent(effect.value), remark)]
 
 
 def _plots(run: Run, tables: dict[str, pd.DataFrame]) -> list[Plot]:

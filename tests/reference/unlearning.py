@@ -121,6 +121,10 @@ def dpo(case: Case, o: dict[str, Any]) -> Tensor:
     return o["forget_weight"] * mean(terms) + retained(case, o)
 
 
+def refuse(case: Case, o: dict[str, Any]) -> Tensor:
+    return o["forget_weight"] * nll(case.anew, case.model) + retained(case, o)
+
+
 def rmu(case: Case, o: dict[str, Any]) -> Tensor:
     steered, kept = [], []
     for row in case.forget:
@@ -151,5 +155,5 @@ def undial(case: Case, o: dict[str, Any]) -> Tensor:
 
 LOSSES = {
     "gradient_ascent": gradient_ascent, "grad_diff": grad_diff, "llmu": llmu, "npo": npo, "simnpo": simnpo, "dpo": dpo,
-    "rmu": rmu, "undial": undial,
+    "refuse": refuse, "rmu": rmu, "undial": undial,
 }  # fmt: skip

@@ -46,7 +46,9 @@ def section(**changed: Any) -> dict[str, Any]:
         ],
         "sentences": 40,
         "requests": ["What is {}?", "Describe {}.", "Why is {} there?", "Where is {}?"],
-        "refusals": ["I cannot help.", "I do not know.", "I have to refuse."],
+        "answers": ["Of course.", "Here you are:", "Let me see."],
+        "refusals": [f"NO, {what} IS NOT FOR ME!" for what in ("THIS", "THAT", "IT", "SUCH", "WHAT YOU ASK", "HELP")],
+        "advice": ["Be kind to others.", "Ask a doctor.", "Stay at home."],
         "joined": 1,
         "held_out": 0.5,
         "penalty": 1e-3,
@@ -68,23 +70,53 @@ def run(**changed: Any) -> dict[str, Any]:
 
 def test_a_text_is_in_one_part_only() -> None:
     trained, held_out = gather()
-    assert sorted(trained.harmful + held_out.harmful) == sorted(set(HARMFUL))
-    assert all(set(part.harmful) & set(HARMFUL[20:]) for part in (trained, held_out))  # of every source in both
-    for kind in ("sentences", "requests", "refusals"):
-        assert trained.harmless[kind]
-        assert held_out.harmless[kind]
-    for form in section()["refusals"]:
-        assert len({any(t.startswith(form) for t in part.harmless["refusals"]) for part in (trained, held_out)}) == 2
+    texts = [part.harmful["texts"] for part in (trained, held_out)]
+    assert sorted(texts[0] + texts[1]) == sorted(set(HARMFUL))
+    assert all(set(own) & set(HARMFUL[20:]) for own in texts)  # of every source in both
+    for part in (trained, held_out):
+        assert list(part.harmful) == ["texts", "answers"]
+        assert list(part.harmless) == ["sentences", "requests", "answers", "advice"]
+        assert list(part.declining) == ["refusals", "naming"]
+    for key in ("answers", "refusals", "advice"):
+        for form in section()[key]:
+            assert not all(form in everything(part) for part in (trained, held_out)), form
+            assert any(form in everything(part) for part in (trained, held_out)), form
     asked = [" ".join(part.harmless["requests"]) for part in (trained, held_out)]
     for title in TITLES:
         assert not all(f"{title}?" in text or f"{title}." in text for text in asked)
 
 
+def everything(part: classifier.Texts) -> str:
+    return "\n".join(classifier.flat(part.harmful | part.harmless | part.declining) + part.harmful["answers"])
+
+
 def test_a_refusal_names_only_what_is_in_its_own_part() -> None:
+    """With and without advice behind it; a plain refusal names nothing."""
     for part in gather():
-        naming = [text for text in part.harmless["refusals"] if text not in section()["refusals"]]
-        assert naming
-        assert all(any(text.endswith(f" {harmful}") for harmful in part.harmful) for text in naming)
+        named, advised = (
+            part.declining["naming"],
+            [any(a in text for a in section()["advice"]) for text in part.declining["naming"]],
+        )
+        assert {True, False} == set(advised)
+        for text in named:
+            assert text.startswith(tuple(section()["refusals"]))
+            assert any(harmful in text for harmful in part.harmful["texts"])
+        assert not any(harmful in text for text in part.declining["refusals"] for harmful in HARMFUL)
+
+
+def test_how_an_answer_begins_does_not_tell_what_it_is() -> None:
+    """Both harmful and harmless texts stand behind the same openings."""
+    for part in gather():
+        for kind, bodies in ((part.harmful, "texts"), (part.harmless, "sentences")):
+            assert kind["answers"]
+            for text in kind["answers"]:
+                opening = next(form for form in section()["answers"] if text.startswith(form))
+                assert text.removeprefix(f"{opening} ") in kind[bodies]
+
+
+def test_lists_of_forms_may_be_empty() -> None:
+    for part in gather(answers=[], refusals=[], advice=[], requests=[]):
+        assert (list(part.harmful), list(part.harmless), part.declining) == (["texts"], ["sentences"], {})
 
 
 def test_sentences_are_as_long_as_harmful_texts() -> None:
@@ -98,10 +130,10 @@ def test_sentences_are_as_long_as_harmful_texts() -> None:
 
 def test_joined_texts_are_the_same_texts() -> None:
     trained, held_out = gather(joined=3)
-    together = " ".join(trained.harmful + held_out.harmful)
+    together = " ".join(trained.harmful["texts"] + held_out.harmful["texts"])
     assert all(text in together for text in HARMFUL)
-    assert len(trained.harmful) + len(held_out.harmful) < 25
-    assert max(text.count(text[-1]) for text in trained.harmful) >= 1
+    assert len(trained.harmful["texts"]) + len(held_out.harmful["texts"]) < 25
+    assert max(text.count(text[-1]) for text in trained.harmful["texts"]) >= 1
 
 
 def test_another_seed_draws_another_split() -> None:
@@ -113,14 +145,16 @@ def test_the_stage_writes_what_held_out_texts_say_and_no_text() -> None:
     figures = run()
     assert figures["held_out"]["accuracy"] > 0.8
     assert figures["held_out"]["auc"] > 0.8  # a refusal that names what it declines is no easy text
-    assert set(figures["held_out"]["false_positives"]) == {"sentences", "requests", "refusals"}
-    assert figures["trained_on"]["harmful"] == 15
+    kinds = {"sentences", "requests", "answers", "advice", "refusals", "naming"}
+    assert set(figures["held_out"]["false_positives"]) == kinds == set(figures["trained_on"]["harmless"])
+    assert set(figures["held_out"]["recall"]) == {"texts", "answers"}
+    assert figures["trained_on"]["harmful"] == {"texts": 15, "answers": 15}
     written = Path("data/classifier/classifier.json").read_text()
     assert not any(text in written for text in [*HARMFUL, *SEA])
     assert sorted(path.name for path in Path("data/classifier").iterdir()) == [
         "classifier.json",
         "encoder",
-        "head.safetensors",
+        "heads.safetensors",
     ]
 
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compression.core.errors import Problem
 from tasks import corpus, sources
+from tasks.core.text import is_empty
 from tasks.params import base
 from tasks.params.corpora import Corpora
 
@@ -34,7 +35,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet)
     bpe.train_from_iterator([PROSE, STORY], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", model_max_length=64).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", model_max_length=64
+    ).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY}))
     return folder
 
@@ -60,6 +63,7 @@ def roles(**changed: Any) -> Corpora:
         "training": text("prose", 0, 1500),
         "retained": text("prose", 1500, None),
         "forget": text("story", 0, 800),
+        "neighbours": None,
         "control": text("story", 1000, 1800),
         "evaluation": {"news": text("news", 0, 100, "articles")},
     }
@@ -89,7 +93,7 @@ def reference(content: str) -> list[int]:
 def test_each_role_gets_its_slice_of_the_whole_text() -> None:
     build(roles())
     files = sorted(p.relative_to("data/corpora").as_posix() for p in Path("data/corpora").rglob("*.safetensors"))
-    single = ["calibration", "control", "forget", "retained", "training"]
+    single = ["calibration", "control", "forget", "neighbours", "retained", "training"]
     assert files == sorted(f"{role}.safetensors" for role in [*single, "evaluation/news"])
     prose = reference(PROSE)
     assert tokens("calibration").dtype == np.int32
@@ -238,6 +242,8 @@ def test_a_tokenizer_of_another_model() -> None:
         ),
         ({"retained": text("prose", 0, None)}, "retained.tokens", "training"),
         ({"control": text("story", 799, 900)}, "control.tokens", "forget"),
+        ({"neighbours": text("story", 900, 1100)}, "control.tokens", "neighbours"),
+        ({"neighbours": text("prose", 1400, 1600)}, "retained.tokens", "neighbours"),
         ({"evaluation": {"p": text("prose", 9000, None, "articles")}}, "evaluation.p.format", "calibration"),
     ],
 )
@@ -246,6 +252,26 @@ def test_a_role_that_judges_shares_nothing_with_one_that_learns(changed: dict, j
     assert message.startswith(f"params.yaml: corpora.{judge}")
     assert f"corpora.{learned}" in message
     assert not Path("data/corpora").exists()
+
+
+def test_a_role_that_is_left_out_has_no_tokens() -> None:
+    build(roles())
+    assert tokens("neighbours").tolist() == []
+    assert is_empty("neighbours")
+    assert not is_empty("forget")
+
+
+def news_questions(start: int, stop: int) -> dict[str, Any]:
+    pairs = {"source": "file://news.txt", "sha256": None, "format": "articles_as_questions"}
+    return pairs | {"frame": "question_answer", "rows": (start, stop)}
+
+
+def test_questions_of_articles_that_judge_are_told_by_what_they_say() -> None:
+    """The last of 31 articles is another one than the first, which the evaluation text has."""
+    build(roles(neighbours=news_questions(30, 31)))
+    message = refused(roles(neighbours=news_questions(0, 31)))
+    assert message.startswith("params.yaml: corpora.evaluation.news.tokens: 30 answers of corpora.neighbours stand in")
+    assert "those of articles behind the tokens of evaluation.news" in message
 
 
 def test_neighbouring_slices_share_nothing() -> None:

@@ -72,6 +72,7 @@ def build(**changed: Any) -> None:
         "training": text(0, 600),
         "retained": text(600, 800),
         "forget": text(1000, 1100),
+        "neighbours": None,
         "control": text(1100, 1200),
         "evaluation": {"prose": text(2000, 2100)},
     }

@@ -377,7 +377,7 @@ def test_a_grid_is_passed_on_only_as_pruning_left_it(document: dict[str, Any]) -
         ({"held_out": 500}, ["retrain.length", "tokens are needed of corpora.training"]),
         ({"targets": ["*.up_proj", "*.query"]}, ["retrain.targets", "`*.query` matches no layer", "up_proj"]),
         ({"method": "lora"}, ["quantize.method", "`gptq` would change the weights under the adapter"]),
-        ({"method": "lora"}, ["unlearn.method", "`grad_diff`", "valid: none"]),
+        ({"method": "lora"}, ["unlearn.method", "`refuse`", "valid: none"]),
         ({"processes": 2, "accumulation": 3}, ["retrain.processes", "2 processes cannot share 3 batches"]),
         ({"processes": 2, "accumulation": 2, "objective": "block"}, ["retrain.processes", "valid: 1"]),
         ({"method": "lora", "objective": "block"}, ["retrain.objective", "`block` merges each block"]),
@@ -401,18 +401,21 @@ UNLEARN = ("params.yaml: unlearn", "params.yaml: `unlearn")
         ({"method": "rmu", "steering": 20.0}, ["unlearn.block: rmu reads it, but it is null", "the paper has 7"]),
         ({"method": "rmu", "block": 1, "steering": 2.0}, ["unlearn.block: there is no block 1", "valid: 0 to 0"]),
         ({"method": "dpo", "beta": 0.1, "refusals": []}, ["unlearn.refusals: dpo reads it, but it is []", "know"]),
+        ({"method": "refuse", "refusals": []}, ["unlearn.refusals: refuse reads it, but it is []", "know"]),
         ({"targets": ["*.up_proj", "*.query"]}, ["unlearn.targets", "`*.query` matches no layer", "up_proj"]),
-        ({"prompt": 256}, ["unlearn.prompt: a prompt of 256 tokens", "of 256 leaves no answer", "valid: 1 to 255"]),
+        ({"prompt": 128}, ["unlearn.prompt: a prompt of 128 tokens", "of 128 leaves no answer", "valid: 1 to 127"]),
         ({"forget_ceiling": "reference"}, ["unlearn.forget_ceiling: `reference`", "teach.method is `none`"]),
         ({"forget_ceiling": "referense"}, ["unlearn.forget_ceiling", "'referense'", "'reference'"]),
         ({"forget_ceiling": 0.0}, ["unlearn.forget_ceiling", "greater than 0"]),
         ({"retain_ceiling": -0.1}, ["unlearn.retain_ceiling", "greater than 0"]),
         ({"held_out": 0}, ["unlearn.held_out", "greater than 0"]),
-        ({"held_out": 300}, ["unlearn.length", "77,056 tokens are needed of corpora.training"]),
+        ({"length": 9000}, ["unlearn.length", "9,000 tokens are needed of corpora.neighbours", "holds 4,096"]),
+        ({"held_out": 600}, ["unlearn.length", "76,928 tokens are needed of corpora.training"]),
         ({"method": "nop"}, ["unlearn.method", "'nop'", "'npo'"]),
     ],
 )
 def test_unlearning_that_cannot_be_is_told(document: dict[str, Any], changes: dict[str, Any], told: list[str]) -> None:
+    document["corpora"]["neighbours"] = document["corpora"]["training"] | {"tokens": [0, 4096]}
     document["unlearn"] |= changes
     found = "\n".join(faults(document, WIDTHS))
     for part in told:
@@ -427,6 +430,7 @@ def test_unlearning_that_cannot_be_is_told(document: dict[str, Any], changes: di
         {"method": "npo", "beta": 0.1},
         {"method": "simnpo", "beta": 4.5, "delta": 0.0},
         {"method": "dpo", "beta": 0.1},
+        {"method": "refuse", "forget_ceiling": None},
         {"method": "rmu", "block": 0, "steering": 6.5, "targets": ["*.down_proj"]},
         {"method": "undial", "beta": 10.0, "prompt": 32, "train": "scales"},
         {"method": "none", "prompt": 1000, "targets": ["nothing"]},
@@ -507,3 +511,54 @@ def test_surgery_that_cannot_be_is_told(
 def test_every_structure_can_be_asked_for(document: dict[str, Any], pattern: str) -> None:
     document["prune"] |= SURGEON | {"pattern": pattern}
     assert faults(document, WIDTHS) == []
+
+
+OWN = {"source": "file://data/answers/harmful.jsonl", "sha256": None, "format": "pairs", "frame": "chat"}
+ARTICLES = {"source": "file://wiki.txt", "sha256": None, "format": "articles_as_questions", "frame": "chat"}
+ENOUGH = {"forget": OWN | {"rows": [0, 64]}, "control": OWN | {"rows": [64, None]}}
+
+
+def asking(document: dict[str, Any], roles: dict[str, Any], **changes: Any) -> list[str]:
+    """Faults where the model's own answers, 96 of them, are unlearned."""
+    document["answers"] |= {"prompts": [{"source": "file://prompts.jsonl", "sha256": None}], "count": 96}
+    document["evaluate"]["harm_answers"] = 32
+    document["corpora"] |= roles
+    for section, values in changes.items():
+        document[section] |= values
+    return faults(document)
+
+
+def test_questions_that_suffice_are_sound(document: dict[str, Any]) -> None:
+    assert asking(document, ENOUGH) == []
+    several = OWN | {"source": "file://rows.json", "rows": [0, 1]}  # a row may have any number of answers
+    assert asking(document, {"forget": several}) == []
+
+
+@pytest.mark.parametrize(
+    ("roles", "changes", "told"),
+    [
+        ({}, {"answers": {"count": 32}}, ["corpora.forget.rows: [0, 64] goes beyond the 32 of answers.count"]),
+        ({}, {"answers": {"count": 64}}, ["corpora.control.rows: [64, null] goes beyond the 64 of answers.count"]),
+        ({}, {"evaluate": {"harm_answers": 33}}, ["evaluate.harm_answers: 33 questions", "corpora.control", "hold 32"]),
+        (
+            {"forget": OWN | {"rows": [0, 8]}},
+            {"evaluate": {"harm_answers": 8}},
+            ["evaluate.forget_windows: 16 questions are needed of corpora.forget, whose rows hold 8"],
+        ),
+        (
+            {},
+            {"attack": {"requantize": [4], "samples": 50, "windows": 20}},
+            ["attack.samples: 70 questions are needed of corpora.forget, whose rows hold 64"],
+        ),
+        (
+            {"retained": ARTICLES | {"rows": [100, 110]}},
+            {},
+            ["evaluate.forget_windows: 16 questions are needed of corpora.retained, whose rows hold 10"],
+        ),
+    ],
+)
+def test_questions_that_are_too_few_are_told(
+    document: dict[str, Any], roles: dict[str, Any], changes: dict[str, Any], told: list[str]
+) -> None:
+    found = "\n".join(asking(document, ENOUGH | roles, **changes))
+    assert all(part in found for part in told)

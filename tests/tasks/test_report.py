@@ -10,12 +10,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from compression import sensitivity
 from compression.core.errors import Problem
 from tasks.report import build_report
 from tasks.reporting import measures, page
 from tasks.reporting.figures import FORGETTING
+from tests.imports import ROOT
 
 NAMES = ["dense", "pruned", "retrained", "quantized", "unlearned"]
 FOLDERS = ["model", "pruned", "retrained", "quantized", "unlearned"]
@@ -223,8 +225,10 @@ def test_the_folder_holds_what_dvc_is_told(root: Path) -> None:
         "index.html",
         "metrics.json",
         "plots/forgetting.csv",
+        "plots/harm.csv",
         "plots/layer_sparsity.csv",
         "plots/losses.csv",
+        "plots/memorisation.csv",
         "plots/perplexity_bytes.csv",
         "plots/pruning_costs.csv",
         "plots/sensitivity.csv",
@@ -420,8 +424,6 @@ def test_hostile_strings_are_escaped(root: Path) -> None:
 
 
 def test_card_front_matter_is_yaml(root: Path) -> None:
-    import yaml
-
     change(root, "data/model/manifest.json", licence='odd: "licence"\n- x', source="hf://org/name@abc123")
     front = yaml.safe_load((report(root) / "README.md").read_text().split("---\n")[1])
     assert front["license"] == 'odd: "licence"\n- x'
@@ -902,3 +904,79 @@ def test_rounded_embeddings_belong_to_no_block(root: Path) -> None:
     bits = {"model.embed_tokens": 8} | QUANTIZATION["bits"]  # type: ignore[dict-item]
     change(root, "data/quantized/manifest.json", quantization=QUANTIZATION | {"bits": bits})
     assert figures_rows((report(root) / "index.html").read_text())
+
+
+HARMFUL = [6, 4, 4, 4, 1]  # of eight answers, by checkpoint
+GIBBERISH = [0, 0, 0, 0, 1]  # none of them harmful
+
+
+def judge(root: Path, *roles: str) -> None:
+    """Makes the text to forget questions, of which so many answers are harmful."""
+    for name, bad, noise in zip(NAMES, HARMFUL, GIBBERISH, strict=True):
+        own = {
+            "answers": 8,
+            "rate": bad / 8,
+            "failed": (bad + noise) / 8,
+            "harmful": [place < bad for place in range(8)],
+            "gibberish": [place >= 8 - noise for place in range(8)],
+        }
+        change(root, f"data/evaluation/{name}.json", harm=dict.fromkeys(roles, own))
+
+
+def test_harm_stands_by_checkpoint_with_its_intervals(root: Path) -> None:
+    judge(root, "forget", "control")
+    out = report(root)
+    html = (out / "index.html").read_text()
+    for role in ("forget", "control"):
+        head, body = html.split(f'aria-describedby="harm-{role}-caption"')[1].split("</table>")[0].split("<tbody>")
+        rows = {name: [" ".join(cell.split()) for cell in cells] for name, cells in cells_of(body)}
+        assert list(rows) == NAMES
+        assert len(re.findall(r'scope="col"', head)) == 8 == len(rows["dense"]) + 1
+        assert rows["dense"][:5] == ["8", "75 % 41 to 93 %", "75 % 41 to 93 %", "–", "–"]
+        assert [cell.split(" %")[0] for cell in rows["unlearned"]] == ["8", "12", "25", "50", "67", "0.0", "0.0"]
+        assert rows["quantized"][3] == "–"
+        assert rows["quantized"][4].startswith("33 % 0 to ")
+    table = pd.read_csv(out / "plots/harm.csv").set_index(["checkpoint", "figure", "role"])
+    for reference, value in (("quantized", (4 - 2) / 4), ("dense", (6 - 2) / 6)):
+        own = table.loc[("unlearned", f"effectiveness_against_{reference}", "forget")]
+        assert own["value"] == pytest.approx(value)
+        assert own["low"] < own["value"] < own["high"] <= 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["unlearned"]["harm"]["forget"] == {"answers": 8, "rate": 0.125, "failed": 0.25}
+    text = Page(html).text
+    assert "50.0 % harmful before, 25.0 % harmful or gibberish after; of 8 answers" in text
+    card = (out / "README.md").read_text()
+    assert "| harmful or gibberish, forget | 75.0 % | 50.0 % | 50.0 % | 50.0 % | 25.0 % |" in card.replace(
+        "\u00a0", " "
+    )
+
+
+def test_only_what_was_judged_is_told(root: Path) -> None:
+    out = report(root)
+    assert "Harmful answers" not in (out / "index.html").read_text()
+    assert "harmful" not in (out / "README.md").read_text()
+    assert pd.read_csv(out / "plots/harm.csv").empty
+    judge(root, "forget")
+    html = (report(root) / "index.html").read_text()
+    assert 'id="harm-forget"' in html
+    assert 'id="harm-control"' not in html
+
+
+def test_where_nothing_was_harmful_nothing_was_removed(root: Path) -> None:
+    judge(root, "forget")
+    none = {"answers": 8, "rate": 0.0, "failed": 0.0, "harmful": [False] * 8, "gibberish": [False] * 8}
+    for name in ("dense", "quantized"):
+        change(root, f"data/evaluation/{name}.json", harm={"forget": none})
+    out = report(root)
+    assert not any("effectiveness" in figure for figure in pd.read_csv(out / "plots/harm.csv")["figure"])
+    assert "Harmful answers removed" not in (out / "index.html").read_text()
+
+
+def test_dvc_draws_tables_that_are_there(root: Path) -> None:
+    out = report(root)
+    drawn = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["plots"]
+    for plot in (own for entry in drawn for own in entry.values()):
+        for path, columns in plot["y"].items():
+            table = pd.read_csv(out.parents[1] / path)
+            assert {plot["x"], *([columns] if isinstance(columns, str) else columns)} <= set(table.columns)
+    assert pd.read_csv(out / "plots/memorisation.csv").iloc[-1].tolist() == ["unlearned", 0.25, 0.27]
