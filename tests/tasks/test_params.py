@@ -463,7 +463,7 @@ def test_a_cycle_cannot_leave_an_adapter_apart(document: dict[str, Any]) -> None
 def test_examples_in_the_docs_are_sound(document: dict[str, Any]) -> None:
     text = (ROOT / "docs/parameters.md").read_text(encoding="utf-8")
     examples = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    assert len(examples) == 3
+    assert len(examples) == 2
     for example in examples:
         changed = {name: values | example.get(name, {}) for name, values in document.items()}
         assert faults(changed) == []
