@@ -18,34 +18,18 @@ from transformers import AutoTokenizer
 
 from compression.core.errors import Problem
 from tasks import sources
+from tasks.apart import refuse_overlaps, refuse_shared_sentences
 from tasks.articles import articles
 from tasks.core.entry import run_stage
 from tasks.pairs import Row, encode_pairs, read_rows, read_utf8
 from tasks.params import base
-from tasks.params.corpora import Corpora, Pairs, Text
+from tasks.params.corpora import Corpora, Pairs, Text, key
 
 MODEL = Path("data/model")
 OUT = Path("data/corpora")
 
-# A role that judges, and the roles it may share no token with: what was learned from cannot judge.
-APART = {
-    "evaluation": ("calibration", "training", "forget", "neighbours"),
-    "retained": ("training", "forget", "neighbours"),
-    "control": ("forget", "neighbours"),
-}
-BY_SENTENCES = {"articles", "articles_as_questions"}  # two forms of one text, which are compared by what they say
 TYPES = {"int32": "I32", "uint8": "U8"}  # as safetensors calls them
 UNSAFE = ("forget", "control")  # roles whose answers are those that are to be unlearned, or like them
-
-
-def _file(entries: dict[str, Any], data: bytes) -> bytes:
-    """A safetensors file: its header, filled up so that the data starts at a multiple of 8 bytes, and the data."""
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data
-
-
-NOTHING = _file({"tokens": {"dtype": "I32", "shape": [0], "data_offsets": [0, 0]}}, b"")
 
 
 @dataclass(frozen=True)
@@ -87,21 +71,21 @@ def build_corpora(params: Corpora, model: Path, out: Path) -> None:
     whole: dict[tuple[str, str | None, str], Whole] = {}
     found: dict[str, Whole] = {}
     for role, text in tqdm(roles.items(), desc="corpus", unit="text", disable=None):
-        key = (text.source, text.sha256, text.format)
-        if key not in whole:
-            whole[key] = fetch(text, role, tokenizer)
-        found[role] = whole[key]
+        origin = (text.source, text.sha256, text.format)
+        if origin not in whole:
+            whole[origin] = fetch(text, role, tokenizer)
+        found[role] = whole[origin]
     # again, now that the hashes tell when two addresses lead to the same bytes
     refuse_overlaps({role: text.model_copy(update={"sha256": found[role].file}) for role, text in roles.items()})
     parts = {role: cut(found[role].content, text, role) for role, text in roles.items()}
     refuse_shared_sentences(parts, roles, tokenizer)
-    files = {"neighbours": NOTHING}
+    files = {"neighbours": nothing()}
     for role, text in roles.items():
         tensors = in_tokens(parts[role], text, role, tokenizer)
         largest = max(int(tensor.max()) for tensor in tensors.values())
         if largest >= vocabulary:
             what = f"the tokenizer gives token {largest}, and the model's vocabulary ends at {vocabulary - 1}"
-            raise Problem(_where(role, "source"), what, "tokenizer and weights are not of the same model")
+            raise Problem(key(role, "source"), what, "tokenizer and weights are not of the same model")
         files[role] = encode(tensors, text, len(parts[role]), found[role])
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,57 +97,6 @@ def build_corpora(params: Corpora, model: Path, out: Path) -> None:
         if out.exists():
             out.rename(Path(folder, "old"))
         Path(folder, "new").rename(out)
-
-
-def refuse_overlaps(roles: dict[str, Text | Pairs]) -> None:
-    """Keeps the texts that judge apart from those that are learned from, as `APART` says.
-
-    Two texts are the same when their sources or their hashes are.
-
-    Raises:
-        Problem: two roles share tokens or rows, or might: counts of different formats cannot be compared.
-    """
-    for judge, text in roles.items():
-        for other in APART.get(judge.partition("/")[0], ()):
-            learned = roles.get(other)
-            if learned is None:
-                continue
-            same_hash = text.sha256 is not None and text.sha256 == learned.sha256
-            if text.source != learned.source and not same_hash:
-                continue
-            if {text.format, learned.format} == BY_SENTENCES:
-                continue
-            hint = f"give {_name(judge)} other {_unit(text)} than {_name(other)}, or another text"
-            if text.format != learned.format:
-                what = f"the same text as corpora.{_name(other)}, in another format, so they may overlap"
-                raise Problem(_where(judge, "format"), what, hint)
-            start = max(text.slice.start, learned.slice.start)
-            stops = [stop for stop in (text.slice.stop, learned.slice.stop) if stop is not None]
-            if not stops or start < min(stops):
-                shared = f"{start} to {min(stops) if stops else 'the end'}"
-                what = f"{_unit(text)} {shared} are also in corpora.{_name(other)}, and would flatter the result"
-                raise Problem(_where(judge, _unit(text)), what, hint)
-
-
-def refuse_shared_sentences(
-    parts: dict[str, np.ndarray | list[Row]], roles: dict[str, Text | Pairs], tokenizer: Any
-) -> None:
-    """The same for an encyclopedia's articles and the questions that its titles ask, by the answers' sentences.
-
-    Raises:
-        Problem: an answer of the one role stands in the text of the other.
-    """
-    for judge, text in roles.items():
-        for other in APART.get(judge.partition("/")[0], ()):
-            if other not in roles or {text.format, roles[other].format} != BY_SENTENCES:
-                continue
-            asked, read = (judge, other) if isinstance(text, Pairs) else (other, judge)
-            whole = tokenizer.decode(parts[read])
-            shared = sum(answer in whole for row in parts[asked] for answer in row.safe)
-            if shared:
-                what = f"{shared} answers of corpora.{_name(asked)} stand in corpora.{_name(read)}"
-                hint = f"other rows for {_name(asked)}: those of articles behind the tokens of {_name(read)}"
-                raise Problem(_where(judge, _unit(text)), f"{what}, and would flatter the result", hint)
 
 
 def load_tokenizer(model: Path) -> tuple[Any, int]:
@@ -198,16 +131,16 @@ def fetch(text: Text | Pairs, role: str, tokenizer: Any) -> Whole:
         Problem: the text cannot be fetched, is not UTF-8, is empty, has no articles though it should, or is not of a
             schema of questions and answers.
     """
-    where = _where(role, "source")
+    where = key(role, "source")
     path = sources.fetch(text.source, text.sha256, where=where)
     if path.is_dir():
         raise Problem(where, f"{text.source} is a folder", "name one text file")
     file = sources.digest(path)
     if isinstance(text, Pairs):
-        return Whole(read_rows(path, text.format, _where(role)), file, file)
+        return Whole(read_rows(path, text.format, key(role)), file, file)
     documents = read_utf8(path, where)
     if text.format == "articles":
-        documents = "\n\n".join(articles(documents, _where(role)))
+        documents = "\n\n".join(articles(documents, key(role)))
     if not documents.strip():
         raise Problem(where, f"{path} has no text in it")
     # verbose=False: it would warn that the text is longer than the model's context, which is as it should be
@@ -225,8 +158,8 @@ def cut(content: np.ndarray | list[Row], text: Text | Pairs, role: str) -> np.nd
     start, stop = text.slice
     if start >= len(content) or (stop or 0) > len(content):
         asked = f"[{start}, {'null' if stop is None else stop}]"
-        what = f"{asked} goes beyond the text, which has {len(content)} {_unit(text)}"
-        raise Problem(_where(role, _unit(text)), what, "ask for fewer, or take a longer text")
+        what = f"{asked} goes beyond the text, which has {len(content)} {text.unit}"
+        raise Problem(key(role, text.unit), what, "ask for fewer, or take a longer text")
     return content[start:stop]
 
 
@@ -238,7 +171,7 @@ def in_tokens(part: np.ndarray | list[Row], text: Text | Pairs, role: str, token
     """
     if isinstance(part, np.ndarray) or isinstance(text, Text):
         return {"tokens": np.asarray(part)}
-    ids, answer = encode_pairs(part, role in UNSAFE, tokenizer, text.frame, _where(role))
+    ids, answer = encode_pairs(part, role in UNSAFE, tokenizer, text.frame, key(role))
     return {"ids": ids, "answer": answer}
 
 
@@ -270,16 +203,16 @@ def encode(tensors: dict[str, np.ndarray], text: Text | Pairs, count: int, whole
     return _file(entries, data)
 
 
-def _unit(text: Text | Pairs) -> str:
-    return "rows" if isinstance(text, Pairs) else "tokens"
+def nothing() -> bytes:
+    """The file of a role that is left out."""
+    return _file({"tokens": {"dtype": TYPES["int32"], "shape": [0], "data_offsets": [0, 0]}}, b"")
 
 
-def _name(role: str) -> str:
-    return role.replace("/", ".")
-
-
-def _where(role: str, key: str = "") -> str:
-    return f"{base.PARAMS}: corpora.{_name(role)}" + (f".{key}" if key else "")
+def _file(entries: dict[str, Any], data: bytes) -> bytes:
+    """A safetensors file: its header, filled up so that the data starts at a multiple of 8 bytes, and the data."""
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
 
 
 if __name__ == "__main__":

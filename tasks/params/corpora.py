@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator, field_validator
 
-from tasks.params.base import Section
+from tasks.params.base import PARAMS, Section
 from tasks.params.model import Sha256, Source
 
 TEXTS = ("text", "articles")
@@ -26,6 +26,7 @@ class Text(BaseModel):
     sha256: Sha256 | None
     format: Literal["text", "articles"]
     tokens: Slice
+    unit: ClassVar[str] = "tokens"
 
     @field_validator("tokens")
     @classmethod
@@ -48,6 +49,7 @@ class Pairs(BaseModel):
     format: Literal["pairs", "articles_as_questions"]
     frame: Frame
     rows: Slice
+    unit: ClassVar[str] = "rows"
 
     @field_validator("rows")
     @classmethod
@@ -95,3 +97,13 @@ class Corpora(Section):
         single = {name: getattr(self, name) for name in type(self).model_fields if name != "evaluation"}
         single = {name: text for name, text in single.items() if text is not None}
         return single | {f"evaluation/{name}": text for name, text in self.evaluation.items()}
+
+
+def key(role: str, *within: str) -> str:
+    """A role's place in params.yaml as messages name it, or that of something within it."""
+    return f"{PARAMS}: " + ".".join(["corpora", dotted(role), *within])
+
+
+def dotted(role: str) -> str:
+    """A role as params.yaml nests it."""
+    return role.replace("/", ".")
