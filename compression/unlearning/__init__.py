@@ -2,6 +2,7 @@
 
 An objective's module has
     SETTINGS                   the options that it reads beside the weights, with the values that its paper has
+    RISES                      False where it does not push the loss on the forget text up; left out: it does
     loss(draw, options) -> (loss, figures)
 with a scalar to descend on, and what is worth keeping of the step: `forget` and `retain`, the mean losses of both texts
 in nats a token where they are known, and terms of its own. `compression.unlearning.draw.Draw` is what it may look at.

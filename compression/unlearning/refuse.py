@@ -18,6 +18,7 @@ from compression.unlearning.draw import Draw
 from compression.unlearning.likelihood import mean_loss, token_losses
 
 SETTINGS = {"refusals": ["I don't know."]}
+RISES = False
 
 
 def loss(draw: Draw, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:

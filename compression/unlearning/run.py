@@ -83,7 +83,7 @@ def unlearn_model(
         return measured(learner, judged(forget, held_out), watched, 2 * sequences)
 
     ceilings = Ceilings(*(options[f"{name}_ceiling"] for name in Ceilings._fields))
-    looks = Looks(measure, measure(), ceilings, options["check_every"])
+    looks = Looks(measure, measure(), ceilings, options["check_every"], getattr(method, "RISES", True))
     loss = _loss(method, options, learner, forget, learned, refusals, sequences)
     tokens = sequences * (forget.ids.shape[1] + retain.ids.shape[1])
     curves, stopped = train(parameters, loss, recipe, journal, "unlearn", tokens, _clock(options["seconds"]), looks)

@@ -3,7 +3,8 @@
 A look holds where the retained text is spared: its loss has not risen, and the model has not moved from the one that it
 started as, beyond the ceilings. Kept is the look that holds with the highest loss on the text to be forgotten; all
 above `forget` count alike, since what is past a model that never saw the text is damage. Training stops at the first
-look that does not hold, and at the first that is up there.
+look that does not hold, and at the first that is up there. Where an objective puts something else in the place of the
+text and does not push it away, its loss says nothing of how far that has come: kept is the last look that holds.
 """
 
 import math
@@ -44,10 +45,13 @@ class Looks:
         measure: gives the figures of `measured`.
         start: the same, before training.
         every: steps from look to look.
+        rises: whether the objective pushes the loss on the text to be forgotten up.
     """
 
-    def __init__(self, measure: Callable[[], Figures], start: Figures, ceilings: Ceilings, every: int) -> None:
-        self.measure, self.start, self.ceilings, self.every = measure, start, ceilings, every
+    def __init__(
+        self, measure: Callable[[], Figures], start: Figures, ceilings: Ceilings, every: int, rises: bool = True
+    ) -> None:
+        self.measure, self.start, self.ceilings, self.every, self.rises = measure, start, ceilings, every, rises
 
     def look(self, curves: Curves) -> tuple[bool, str | None]:
         """See `Watcher`."""
@@ -60,6 +64,8 @@ class Looks:
         """Number of the look whose values are kept, counted from 0; None if none holds. The first of equals."""
         looks = looked(curves)
         holding = [number for number, figures in enumerate(looks) if self._broken(figures) is None]
+        if not self.rises:
+            return max(holding, default=None)
         return max(holding, key=lambda number: self._forgotten(looks[number]), default=None)
 
     def refuse_collapsed(self, curves: Curves) -> int:

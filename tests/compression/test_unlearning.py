@@ -231,10 +231,29 @@ def test_a_run_in_which_no_look_holds_is_refused(
     assert not list((tmp_path / "x").glob("*.safetensors"))
 
 
-def looks_at(*figures: tuple[float, float], forget: float | None = None, retain: float | None = None) -> Looks:
+def looks_at(
+    *figures: tuple[float, float], forget: float | None = None, retain: float | None = None, rises: bool = True
+) -> Looks:
     """Looks that will see these forget and retained losses, from a start of 2 and 3."""
     seen = iter([{"forget": one, "retain": two, "kl": 0.0} for one, two in figures])
-    return Looks(lambda: next(seen), {"forget": 2.0, "retain": 3.0, "kl": 0.0}, Ceilings(forget, retain, None), 1)
+    return Looks(
+        lambda: next(seen), {"forget": 2.0, "retain": 3.0, "kl": 0.0}, Ceilings(forget, retain, None), 1, rises
+    )
+
+
+def test_where_the_text_is_not_pushed_away_the_last_look_that_holds_is_kept() -> None:
+    looks, curves = looks_at((2.5, 3.1), (2.2, 3.05), (2.3, 3.2), (9.0, 3.31), retain=0.3, rises=False), {}
+    assert [looks.look(curves)[0] for _ in range(4)] == [True, True, True, False]
+    assert looks.kept(curves) == 2
+
+
+def test_refusals_are_trained_to_the_end(
+    quantized: Checkpoint, tmp_path: Path, forget: Samples, retain: Samples
+) -> None:
+    """The loss on the answers is not what it is about, so no look before the last is kept for it."""
+    _, record = unlearn(quantized, tmp_path / "x", forget, retain, method="refuse", train="scales")
+    assert record["kept_step"] == 25
+    assert record["refuse_losses"][-1] < record["refuse_losses"][0]
 
 
 def test_kept_is_the_look_that_forgot_most_while_the_rest_held() -> None:
