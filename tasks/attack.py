@@ -40,6 +40,16 @@ class Tried(NamedTuple):
 def main() -> None:
     params = read(Attack)
     stage = open_stage("attack", DATA / "attack", [DATA / "unlearned", *map(corpus_file, ROLES)], params)
+    points = attacked(params, stage) if params.relearn + params.requantize + params.prune else []
+    folder = stage.work / "figures"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "attacks.json", json.dumps(points, indent=2) + "\n")
+    write_text(folder / "manifest.json", json.dumps(stage.record(params), indent=2) + "\n")
+    stage.publish(folder)
+
+
+def attacked(params: Attack, stage: Stage) -> list[dict[str, Any]]:
+    """What is known of every role after each attack."""
     source = Checkpoint(DATA / "unlearned")
     texts = {
         role: read_samples(role, params.windows, params.length, "params.yaml: attack.windows", params.prompt)
@@ -50,21 +60,14 @@ def main() -> None:
     forget = read_samples("forget", both, params.length, "params.yaml: attack.samples", params.prompt)
     known, judged = forget.take(torch.arange(params.samples)), forget.take(torch.arange(params.samples, both))
     texts = {"forget": judged} | texts
-    folder = stage.work / "figures"
-    folder.mkdir(exist_ok=True)
-    points = [
+    return [
         {"attack": tried.attack, "strength": tried.strength} | figures(source, tried, texts, stage)
         for tried in attacks(source, params, known, stage)
     ]
-    write_text(folder / "attacks.json", json.dumps(points, indent=2) + "\n")
-    write_text(folder / "manifest.json", json.dumps(stage.record(params), indent=2) + "\n")
-    stage.publish(folder)
 
 
 def attacks(source: Checkpoint, params: Attack, known: Samples, stage: Stage) -> Iterator[Tried]:
     """What the section asks for, each made when its turn comes; the checkpoint as it is, first of all."""
-    if not params.relearn + params.requantize + params.prune:
-        return
     read = block_reader(source)
     yield Tried("none", 0, read)
     for bits in params.requantize:

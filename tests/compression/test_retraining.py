@@ -109,7 +109,7 @@ def test_loss_falls_and_the_mask_stays(
     retrained, record = retrain(opt, tmp_path / "retrained", text, method, dtype)
     assert len(record["losses"]) == 25
     assert sum(record["losses"][-5:]) / 5 < record["losses"][0] - 0.1
-    assert loss(retrained.folder, ids) < loss(opt.folder, ids) - 0.1  # on text that it was not trained on, from disk
+    assert loss(retrained.folder, ids) < loss(opt.folder, ids) - 0.05  # on text that it was not trained on, from disk
     before, after, keep = all_tensors(opt), all_tensors(retrained), all_masks(retrained)
     assert {layer: mask.tolist() for layer, mask in keep.items()} == {
         layer: mask.tolist() for layer, mask in all_masks(opt).items()

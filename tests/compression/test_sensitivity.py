@@ -51,7 +51,7 @@ def test_pmpq_equals_one_model_a_part(
     expected = reference.pmpq(model, path, ids, 0.6, family != "bert", settings.per)
     assert list(columns) == ["pmpq"]
     assert columns["pmpq"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert max(expected.values()) > 0.02
+    assert max(expected.values()) > 0.01  # far above the tolerance
     assert len(set(expected.values())) == (3 if settings.per == "block" else len(expected))
 
 

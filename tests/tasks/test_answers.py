@@ -79,6 +79,7 @@ def test_the_answers_can_be_a_role() -> None:
         "retained": plain | {"tokens": [100, 200]},
         "forget": own | {"rows": [0, 5]},
         "control": own | {"rows": [5, 8]},
+        "neighbours": None,
         "evaluation": {"prose": plain | {"tokens": [200, 300]}},
     }
     corpus.build_corpora(base.read(Corpora, {"corpora": roles}), corpus.MODEL, corpus.OUT)
