@@ -2,13 +2,13 @@
 
     python -m benchmarks.pruning                                  # every arm; hours
     python -m benchmarks.pruning original/wanda ours/wanda        # 50 % unstructured
-    python -m benchmarks.pruning ours/alps@0.6 ours/sparsegpt@2:4 --sequences 16
+    python -m benchmarks.pruning ours/alps@0.6 ours/sparsegpt+refit=0@2:4 --sequences 16
 
-An arm is `who/method@sparsity-or-pattern`, and runs in a process of its own: CPU time is that of pruning alone, with
-reading and writing the model and without the start of Python and its libraries. Its model is judged by the protocol:
-wiki, `--windows` windows of 1024 tokens. Needs data/model and data/corpora (`dvc repro corpus`). originals.py here
-stands for the released code; `--peer PYTHON` names the interpreter of an environment that holds llm-compressor, and
-its arms are called peer/wanda and peer/sparsegpt.
+An arm is `who/method+setting=value@sparsity-or-pattern`; what is not named is as in params.yaml. It runs in a process
+of its own: CPU time is that of pruning alone, with reading and writing the model and without the start of Python and
+its libraries. Its model is judged by the protocol: wiki, `--windows` windows of 1024 tokens. Needs data/model and
+data/corpora (`dvc repro corpus`). originals.py here stands for the released code; `--peer PYTHON` names the interpreter
+of an environment that holds llm-compressor, and its arms are called peer/wanda and peer/sparsegpt.
 """
 
 import argparse
@@ -19,18 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 DATA = Path("data")
 LENGTH = 512
-METHODS = ("wanda", "sparsegpt", "alps", "magnitude_obs", "wanda_obs", "magnitude")
+WANTED = ("0.5", "0.6", "0.7", "2:4", "4:8")
 ARMS = [
-    *(f"original/{method}" for method in ("wanda", "sparsegpt")),
-    *(f"ours/{method}@{wanted}" for method in ("wanda", "sparsegpt") for wanted in ("0.5", "0.6", "0.7", "2:4", "4:8")),
-    *(f"ours/alps@{wanted}" for wanted in ("0.5", "0.6", "0.7", "2:4")),
-    *(f"ours/{method}@{wanted}" for method in ("magnitude_obs", "wanda_obs") for wanted in ("0.5", "2:4")),
+    *(f"original/{method}@{wanted}" for method in ("wanda", "sparsegpt") for wanted in WANTED),
+    *(f"ours/{method}@{wanted}" for method in ("wanda", "sparsegpt+refit=0", "sparsegpt", "alps") for wanted in WANTED),
+    # Wanda's ablation: whose mask, whether weights are updated, and when the mask is chosen
+    *(
+        f"ours/{method}{choose}@{wanted}"
+        for method in ("magnitude", "wanda")
+        for choose in ("", "_obs+refit=0", "_obs+refit=0+choose=columns")
+        for wanted in ("0.5", "2:4")
+    ),
 ]
 
 
@@ -45,16 +51,23 @@ def ours(method: str, wanted: str, ids: Any, folder: Path) -> None:
     from compression.pruning.pattern import make_pattern
     from compression.pruning.run import prune_model
     from tasks.core.passing import lineage
+    from tasks.params.base import read
+    from tasks.params.prune import Prune
 
     source, device = Checkpoint(DATA / "model"), torch.device("cpu")
-    module, writer = import_module(METHODS[method]), CheckpointWriter(folder, source.folder)
+    name, *options = method.split("+")
+    module, writer = import_module(METHODS[name]), CheckpointWriter(folder, source.folder)
+    params = Prune.model_validate(read(Prune).model_dump() | dict(o.split("=") for o in options), strict=False)
+    scope = module.SCOPES[0] if params.scope == "auto" else params.scope
     if ":" in wanted:
         keep, of = map(int, wanted.split(":"))
-        pattern = make_pattern(wanted, 1 - keep / of, module.SCOPES[0])
+        pattern = make_pattern(wanted, 1 - keep / of, scope)
     else:
-        pattern = make_pattern("unstructured", float(wanted), module.SCOPES[0])
+        pattern = make_pattern("unstructured", float(wanted), scope)
+    settings = Settings(**params.model_dump(include={field.name for field in fields(Settings)}))
     patterns, journal = dict.fromkeys(source.layers, pattern), Journal(folder.with_name("journal"))
-    prune_model(source, writer, journal, module, patterns, Settings(), ids, device, pick_dtype("auto", device))
+    dtype, passes = pick_dtype("auto", device), params.passes
+    prune_model(source, writer, journal, module, patterns, settings, ids, device, dtype, passes)
     writer.finish(source.depth, lineage(source))
 
 

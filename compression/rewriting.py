@@ -1,4 +1,4 @@
-"""Writes a model anew block by block, each linear as soon as its input is known: what pruning and quantising share."""
+"""Writes a model anew block by block, each linear once its input is known: what pruning and quantising share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +50,7 @@ def rewrite(
     dtype: torch.dtype,
     outer: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda plain: plain,
     behind: Callable[[Walk], None] = lambda _: None,
+    passes: int = 1,
 ) -> Ledger:
     """Writes the changed blocks of `source` to `writer`, going on behind the journal's last block.
 
@@ -61,6 +62,7 @@ def rewrite(
         dtype: type of the forward pass.
         outer: what is written in place of the tensors outside the blocks.
         behind: is shown the tokens behind the last block, before `outer` is called; not without a statistic.
+        passes: through each block, as in compression.walk.
 
     Returns:
         what was noted, by layer and name, in the order of the model.
@@ -107,7 +109,7 @@ def rewrite(
             for layer in here:
                 renew(layer, None)
         else:
-            walk.through(index, statistic, renew)
+            walk.through(index, statistic, renew, passes)
         for layer in here:
             if f"{layer}.weight" in tensors:
                 raise Problem(layer, "no calibration token came by, so nothing is known of its input")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compression.core.errors import Problem
 
-ROWS = 256  # tokens at a time: the float32 copy stays in the processor's cache
+ENTRIES = 2**17  # of `InputNorms` at a time: their float32 copy stays in the processor's cache
 CHUNK = 1024  # tokens a product of `Gram`
 PANELS = 6  # strips of columns in which the upper half of a product is computed
 
@@ -17,7 +17,7 @@ class InputNorms:
 
     Attributes:
         squares: float64 [in], sum over tokens of x_j^2. Products are exact in float32 for bfloat16 input,
-            partial sums run over ROWS tokens, and the total is kept in float64, so the way in which tokens
+            partial sums run over ENTRIES / in tokens, and the total is kept in float64, so the way in which tokens
             are split into batches moves it by rounding only.
         tokens: how many tokens were seen.
     """
@@ -29,8 +29,9 @@ class InputNorms:
     def update(self, inputs: Tensor) -> None:
         """Adds inputs [..., in]."""
         flat = inputs.reshape(-1, inputs.shape[-1])
-        for rows in flat.split(ROWS):
-            self.squares += rows.float().square().sum(0).double()
+        for rows in flat.split(max(1, ENTRIES // flat.shape[1])):
+            copy = rows.to(torch.float32, copy=True)
+            self.squares += copy.mul_(copy).sum(0).double()
         self.tokens += len(flat)
 
     def norms(self) -> Tensor:
@@ -54,13 +55,11 @@ class Factor(NamedTuple):
     order: Tensor
 
 
-class Scaled(NamedTuple):
-    """H with a unit diagonal, G = S^-1 H S^-1: S [in], G [in, in], its eigenvalues [in] and -vectors [in, in]."""
+class Unit(NamedTuple):
+    """H = X^T X / tokens + lambda I with a unit diagonal, G = S^-1 H S^-1: S float32 [in], G float32 [in, in]."""
 
     scale: Tensor
     matrix: Tensor
-    values: Tensor
-    vectors: Tensor
 
 
 class Gram:
@@ -81,7 +80,8 @@ class Gram:
         self._held: list[Tensor] = []
         self._whole: Tensor | None = None
         self._factors: dict[tuple[float, bool], Factor] = {}  # layers that share an input share what is made of it
-        self._scaled: dict[float, Scaled] = {}
+        self._units: dict[float, Unit] = {}
+        self._eigen: dict[float, tuple[Tensor, Tensor]] = {}
 
     def update(self, inputs: Tensor) -> None:
         """Adds inputs [..., in]."""
@@ -137,11 +137,21 @@ class Gram:
             self._factors[damping, loudest_first] = self._factor(damping, loudest_first)
         return self._factors[damping, loudest_first]
 
-    def scaled(self, damping: float) -> Scaled:
-        """H with a unit diagonal and its eigenvectors, made once."""
-        if damping not in self._scaled:
-            self._scaled[damping] = self._scale(damping)
-        return self._scaled[damping]
+    def unit(self, damping: float) -> Unit:
+        """H with a unit diagonal, made once; a dead input has a one on H's diagonal."""
+        if damping not in self._units:
+            matrix, _ = self._alive()
+            matrix.diagonal().add_(damping * matrix.diagonal().mean())
+            scale = matrix.diagonal().sqrt()
+            self._units[damping] = Unit(scale, matrix / scale / scale[:, None])
+        return self._units[damping]
+
+    def eigen(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [in] and -vectors [in, in] of `unit`, made once."""
+        if damping not in self._eigen:
+            values, vectors = torch.linalg.eigh(self.unit(damping).matrix)
+            self._eigen[damping] = values.clamp(min=0), vectors
+        return self._eigen[damping]
 
     def _factor(self, damping: float, loudest_first: bool) -> Factor:
         matrix, dead = self._alive()
@@ -161,14 +171,6 @@ class Gram:
                     return Factor(upper, dead, damping, order)
             damping = max(10 * damping, 1e-4)
         raise Problem("X^T X", "cannot be factored", "raise the damping, or look whether the inputs are sound")
-
-    def _scale(self, damping: float) -> Scaled:
-        matrix, _ = self._alive()
-        matrix.diagonal().add_(damping * matrix.diagonal().mean())
-        scale = matrix.diagonal().sqrt()
-        unit = matrix / scale / scale[:, None]
-        values, vectors = torch.linalg.eigh(unit)
-        return Scaled(scale, unit, values.clamp(min=0), vectors)
 
     def _alive(self) -> tuple[Tensor, Tensor]:
         matrix = self.matrix().clone()

@@ -1,4 +1,4 @@
-"""Calibration tokens on their way through the model, each layer changed as soon as all of its input is known."""
+"""Calibration tokens on their way through the model, whose layers are changed once all of their input is known."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,12 +30,15 @@ class Walk:
         begun = [skeleton.begin(batch) for batch in self.batches]
         self.hidden = torch.cat(begun) if hidden is None else hidden.to(skeleton.device)
 
-    def through(self, index: int, statistic: type, change: Callable[[str, Any], Tensor]) -> None:
+    def through(self, index: int, statistic: type, change: Callable[[str, Any], Tensor], passes: int = 1) -> None:
         """Walks through block `index`.
 
         Args:
             statistic: class that sums up a layer's inputs; layers with the same input share one.
             change: (layer, its statistic) -> its new weight [out, in], with which all go on.
+            passes: 1: each layer is changed as soon as its input is known, which is what the changed layers before it
+                give. 2: inputs are those of the block as it was; when all are known all layers are changed, and the
+                tokens walk again.
 
         Raises:
             Problem: a layer's inputs are not finite.
@@ -64,10 +67,20 @@ class Walk:
             module = layers[layer]
             module.weight.copy_(change(layer, summed))
 
+        def look(batch: int) -> None:
+            self.skeleton.run(index, states[batch], self.batches[batch])
+
         def run(batch: int) -> None:
             states[batch].copy_(self.skeleton.run(index, states[batch], self.batches[batch]))
 
-        walk_in_step(len(self.batches), run, layers, see, renew)
+        if passes == 1:
+            walk_in_step(len(self.batches), run, layers, see, renew)
+        else:
+            walk_in_step(len(self.batches), look, layers, see, lambda _: None)
+            for layer in leader:
+                renew(layer)
+            for batch in range(len(self.batches)):
+                run(batch)
         seen.clear()  # what the functions above hold may wait for the collector of cycles
         latest.clear()
         self.skeleton.release(index)

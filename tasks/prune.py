@@ -1,5 +1,6 @@
 """Stage prune: drop weights layer by layer, or structures of the whole model by its curvature, and store the mask."""
 
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -65,10 +66,11 @@ def _prune(stage: Stage, source: Checkpoint, folder: Path, method: ModuleType, p
         Journal(stage.work / "journal"),
         method,
         _patterns(pattern, source),
-        Settings(params.damping, params.columns, params.choose, params.iterations, params.bits, params.group_size),
+        Settings(**params.model_dump(include={field.name for field in fields(Settings)})),
         ids,
         stage.device,
         stage.dtype,
+        params.passes,
     )
     writer.finish(source.depth, lineage(source) | stage.record(params) | {"pruning": ledger})
 

@@ -3,6 +3,7 @@
 torch's fused kernel gains nothing from bfloat16 on a CPU without AMX, and transformers repeats every key and value
 head for it. Here the queries that share a key head go into one product, keys behind the block of queries are never
 touched, and scores are bfloat16 as in transformers' own eager attention: less than half of the fused kernel's time.
+With AMX it is the other way round, and the forward pass is torch's own.
 The backward pass computes the scores of a block anew, so nothing of the size of T x T is kept.
 Whatever is not plain causal attention in bfloat16 on a CPU goes to transformers' fused path unchanged.
 """
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "pareline"
 QUERIES = 64  # a block: the scores stay in the cache, and little beyond the diagonal is computed in vain
+FUSED = torch.cpu._is_amx_tile_supported()  # torch's kernel takes half of the time then, and keeps float32 scores
 
 
 def attention(
@@ -67,7 +70,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling * Q K^T, of the tokens up to one's own) V, in blocks of queries.
+    """softmax(scaling * Q K^T, of the tokens up to one's own) V.
 
     Args:
         query: [N, H, T, d]; key, value: [N, K, T, d] and [N, K, T, v], K dividing H.
@@ -76,6 +79,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     Returns:
         [N, T, H, v] in the type of the query. Sums over keys are float32 inside the products and the softmax.
     """
+    if FUSED and query.dtype == torch.bfloat16:
+        fused = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return fused.transpose(1, 2).contiguous()
     batch, heads, length, _ = query.shape
     keys, values, queries = _folded(query, key, value, scaling)
     kinds, group = queries.shape[1:3]

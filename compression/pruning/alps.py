@@ -5,7 +5,8 @@ Z = W S, the problem is min ||(Z - D) G^(1/2)||^2 over sparse D. ADMM splits it 
 
     P <- (Z G - V + rho D) (G + rho I)^-1      D <- the highest |P + V / rho|      V <- V + rho (P - D)
 
-rho grows the faster, the more the support of D still changes; once it stands, each row's weights on it are refitted.
+rho grows the faster, the more the support of D still changes; once it stands, each row's weights on it are refitted
+(compression.pruning.refit).
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import Pattern
+from compression.pruning.refit import refit
 from compression.pruning.select import keep_highest
 from compression.statistics import Gram
 
@@ -21,7 +23,6 @@ SCOPES = ("layer", "row")
 
 EVERY = 3  # ADMM steps between two looks at the support
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed -> factor of rho
-REFIT = 20  # steps of conjugate gradients
 
 
 def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings) -> Pruned:
@@ -31,25 +32,25 @@ def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings)
         weight: W [out, in], any floating type.
         statistic: X^T X over the calibration tokens.
         pattern: what the mask has to satisfy.
-        settings: damping; iterations, after which ADMM stops even if the support has not settled.
+        settings: damping; iterations, after which ADMM stops even if the support has not settled; refit.
 
     Returns:
         the layer, with notes: `steps` of ADMM, and `error`, the share ||X (W - W')||^2 / ||X W||^2.
     """
-    scale, scaled, values, vectors = statistic.scaled(settings.damping)
+    scale, unit = statistic.unit(settings.damping)
     target = weight.float() * scale
     target[:, statistic.norms() == 0] = 0  # dead inputs
-    keep, steps = _support(target, scaled, values, vectors, pattern, settings.iterations)
-    refitted = _refit(target, scaled, keep)
+    keep, sparse, steps = _support(target, unit, *statistic.eigen(settings.damping), pattern, settings.iterations)
+    refitted = refit(target, unit, keep, sparse, settings.refit)
     pruned = (refitted / scale).to(weight.dtype) * keep
     return Pruned(pruned, keep, {"steps": float(steps), "error": statistic.error(weight, pruned)})
 
 
 def _support(
-    target: Tensor, scaled: Tensor, values: Tensor, vectors: Tensor, pattern: Pattern, iterations: int
-) -> tuple[Tensor, int]:
-    """ADMM: Z [out, in], G [in, in] and its eigenvalues and -vectors -> mask bool [out, in], steps taken."""
-    pull = target @ scaled
+    target: Tensor, unit: Tensor, values: Tensor, vectors: Tensor, pattern: Pattern, iterations: int
+) -> tuple[Tensor, Tensor, int]:
+    """ADMM: Z [out, in], G [in, in], its eigenvalues and -vectors -> mask bool [out, in], D [out, in], steps taken."""
+    pull = target @ unit
     sparse = target * keep_highest(target.abs(), pattern)
     dual = torch.zeros_like(target)
     rho, seen = 0.1, sparse != 0
@@ -66,23 +67,4 @@ def _support(
                 break
             rho *= next(factor for share, factor in GROWTH if changed >= share)
             seen = keep
-    return keep_highest(wanted.abs(), pattern), step
-
-
-def _refit(target: Tensor, scaled: Tensor, keep: Tensor) -> Tensor:
-    """min ||(Z - D) G^(1/2)||^2 over D [out, in] on the mask, each row by conjugate gradients of its own."""
-    found = target * keep
-    residual = ((target - found) @ scaled) * keep
-    direction = residual.clone()
-    length = residual.square().sum(1, keepdim=True)
-    enough = 1e-10 * length  # a row that is there makes no more steps: they would be rounding only
-    for _ in range(REFIT):
-        curved = (direction @ scaled) * keep
-        bend = (direction * curved).sum(1, keepdim=True)
-        step = torch.where((length > enough) & (bend > 0), length / bend, 0.0)
-        found += step * direction
-        residual -= step * curved
-        shorter = residual.square().sum(1, keepdim=True)
-        direction = residual + shorter / length.clamp(min=1e-30) * direction
-        length = shorter
-    return found
+    return keep, sparse, step

@@ -16,6 +16,7 @@ class Settings:
         columns: B, the inputs that are pruned together before the rest is updated.
         choose: `layer`: the whole mask first; `columns`: anew in each block of columns, after its updates.
         iterations: at most so many ADMM steps.
+        refit: steps of conjugate gradients that refit the kept weights in the end; not with a grid.
         bits, group_size: of the grid to which kept weights are rounded in the same pass; bits None: no grid.
         before: mask bool [out, in] of an earlier cycle; what it dropped goes first.
     """
@@ -24,6 +25,7 @@ class Settings:
     columns: int = 128
     choose: str = "layer"
     iterations: int = 300
+    refit: int = 0
     bits: int | None = None
     group_size: int = 64
     before: Tensor | None = None

@@ -9,9 +9,10 @@ from torch import Tensor
 from compression.core.errors import Problem
 from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import NofM, Pattern, Unstructured
+from compression.pruning.refit import refit
 from compression.pruning.select import keep_highest
 from compression.quantization.grid import Grid, spanning_scale
-from compression.statistics import Gram
+from compression.statistics import Factor, Gram
 from compression.sweep import STRIP, sweep
 
 
@@ -30,13 +31,13 @@ def prune_by_sweep(
         statistic: of the layer's inputs.
         pattern: what the mask has to satisfy. Chosen in blocks of columns, an unstructured mask drops the same
             share of each block, over all rows or, with scope `row`, of each row.
-        settings: damping, columns; bits and group_size where kept weights are to be rounded to a grid as well.
+        settings: damping, columns; refit; bits and group_size where kept weights are to be rounded to a grid as well.
         score: (values [out, c] as they are by then, which inputs) -> [out, c]; the lowest go.
         keep: the mask, where it is chosen beforehand.
 
     Returns:
         the layer, with notes: `damping` that was needed, and `error`, the share ||X (W - W')^T||^2 / ||X W^T||^2, which
-        is the sum of all e_j^2 by the energy of the dense layer (H damped above, not below).
+        is the sum of all e_j^2 by the energy of the dense layer (H damped above, not below) where nothing is refitted.
 
     Raises:
         Problem: H cannot be factored, or groups of the grid do not fit blocks of columns.
@@ -75,10 +76,24 @@ def prune_by_sweep(
         return Grid(settings.bits, scales[-1][:, None]).nearest(new[:, None])[:, 0].float()
 
     lost = sweep(values, factor.upper, change, block, strip)
+    mask = kept.T.bool().contiguous()
+    if settings.refit and not settings.bits:
+        pruned = _refitted(weight, values.T, mask, statistic, factor, settings)
+        return Pruned(pruned, mask, {"damping": factor.damping, "error": statistic.error(weight, pruned)})
     pruned = values.T.contiguous().to(weight.dtype)
     notes = {"damping": factor.damping, "error": lost / max(statistic.energy(weight), 1e-30)}
     rounded = Grid(settings.bits, torch.stack(scales, 1)) if settings.bits else None
-    return Pruned(pruned, kept.T.bool().contiguous(), notes, rounded)
+    return Pruned(pruned, mask, notes, rounded)
+
+
+def _refitted(
+    weight: Tensor, values: Tensor, keep: Tensor, statistic: Gram, factor: Factor, settings: Settings
+) -> Tensor:
+    """The sweep makes up for what goes in later columns only; here earlier ones have their share, too."""
+    scale, unit = statistic.unit(factor.damping)
+    target = weight.float() * scale
+    target[:, factor.dead] = 0
+    return (refit(target, unit, keep, values * scale, settings.refit) / scale).to(weight.dtype) * keep
 
 
 def _owed(pattern: Pattern, rows: int, width: int, group: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Prunes a model on disk block by block, each layer as soon as its input is known."""
+"""Prunes a model on disk block by block, each layer once its input is known."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +26,7 @@ def prune_model(
     ids: Tensor,
     device: torch.device,
     dtype: torch.dtype,
+    passes: int = 1,
 ) -> Ledger:
     """Writes the pruned blocks of `source` to `writer`, going on behind the journal's last block.
 
@@ -35,6 +36,7 @@ def prune_model(
         settings: see there; a mask that `source` already has is filled in as `before`.
         ids: calibration tokens int64 [N, T]; not looked at by a method without STATISTIC.
         dtype: type of the forward pass; weights are pruned and written in the type in which they are stored.
+        passes: through each block: 1, or 2 as in the papers (compression.walk).
 
     Returns:
         what the method noted, by layer and name, in the order of the model.
@@ -50,4 +52,4 @@ def prune_model(
         scale = done.grid.scale if done.grid else None
         return Rewritten(done.weight, {"weight": done.weight}, done.keep, scale, done.notes)
 
-    return rewrite("prune", source, writer, journal, method.STATISTIC, prune, ids, device, dtype)
+    return rewrite("prune", source, writer, journal, method.STATISTIC, prune, ids, device, dtype, passes=passes)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from compression.pruning.pattern import parse_pattern, parse_structures
 from tasks.params.base import Section
@@ -18,10 +18,12 @@ class Prune(Section):
     scope: Literal["auto", "row", "layer", "columns", "adaptive"]
     sequences: PositiveInt
     length: PositiveInt
+    passes: Annotated[int, Field(ge=1, le=2)]
     damping: PositiveFloat
     columns: PositiveInt
     choose: Literal["layer", "columns"]
     iterations: PositiveInt
+    refit: NonNegativeInt
     bits: Literal[4, 8] | None
     group_size: PositiveInt
 

@@ -41,12 +41,13 @@ def prune(
     ids: Tensor,
     dtype: torch.dtype = torch.float32,
     settings: Settings | None = None,
+    passes: int = 1,
 ) -> Checkpoint:
     """Prunes `source` into `target`, with its journal beside it."""
     checkpoint = Checkpoint(source)
     writer = CheckpointWriter(target, source)
     patterns = dict.fromkeys(checkpoint.layers, pattern)
-    prune_model(checkpoint, writer, journal(target), method, patterns, settings or Settings(), ids, CPU, dtype)
+    prune_model(checkpoint, writer, journal(target), method, patterns, settings or Settings(), ids, CPU, dtype, passes)
     writer.finish(checkpoint.depth, lineage(checkpoint))
     return Checkpoint(target)
 

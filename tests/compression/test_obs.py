@@ -263,9 +263,45 @@ def test_inputs_that_are_all_one_still_give_weights(method: ModuleType) -> None:
         assert done.notes["damping"] > 1e-12
 
 
+# Refitting what stays
+
+
+@pytest.mark.parametrize("method", [sparsegpt, magnitude_obs, wanda_obs])
+@pytest.mark.parametrize("pattern", [Unstructured(0.6, "columns"), NofM(2, 4)], ids=str)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_refit_keeps_the_mask_and_ends_at_the_best_weights_on_it(
+    rows: int, pattern: Pattern, method: ModuleType
+) -> None:
+    weight, inputs = example(rows, 24)
+    inputs[:, 5] = 0
+    H = reference.hessian(inputs, 0.01)
+    swept = method.prune(weight.clone(), gram(inputs), pattern, Settings(columns=8))
+    lost = [reference.objective(weight, swept.weight, H)]
+    for steps in (1, 2, 4, 40):
+        done = method.prune(weight.clone(), gram(inputs), pattern, Settings(columns=8, refit=steps))
+        assert torch.equal(done.keep, swept.keep)
+        assert not done.weight[~done.keep].any()
+        lost.append(reference.objective(weight, done.weight, H))
+    alive = weight.clone()
+    alive[:, 5] = 0  # nothing came by that could tell what it is worth
+    least = reference.objective(weight, reference.refit(alive, H, swept.keep), H)
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] > 1.02 * least
+    assert lost[-1] == pytest.approx(least, rel=1e-4)
+    assert done.notes["error"] == pytest.approx(reference.layer_error(weight, done.weight, inputs), rel=1e-3)
+
+
+def test_what_lies_on_a_grid_is_not_refitted() -> None:
+    weight, inputs = example(6, 24)
+    settings = Settings(columns=8, bits=4, group_size=8)
+    plain = sparsegpt.prune(weight.clone(), gram(inputs), HALF, settings)
+    asked = sparsegpt.prune(weight.clone(), gram(inputs), HALF, replace(settings, refit=5))
+    assert torch.equal(plain.weight, asked.weight)
+
+
 # ALPS
 
-
+FITTED = Settings(refit=20)
 ALPS_PATTERNS: list[Pattern] = [
     Unstructured(0.5, "layer"),
     Unstructured(0.8, "layer"),
@@ -279,7 +315,7 @@ every_alps_pattern = pytest.mark.parametrize("pattern", ALPS_PATTERNS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 16), (6, 24), (16, 48)], ids=str)
 def test_alps_refits_the_kept_weights(shape: tuple[int, int], pattern: Pattern) -> None:
     weight, inputs = example(*shape)
-    done = alps.prune(weight.clone(), gram(inputs), pattern, Settings())
+    done = alps.prune(weight.clone(), gram(inputs), pattern, FITTED)
     H = reference.hessian(inputs, 0.01)
     best = reference.refit(weight, H, done.keep)
     lost, least = (reference.objective(weight, changed, H) for changed in (done.weight, best))
@@ -291,7 +327,7 @@ def test_alps_refits_the_kept_weights(shape: tuple[int, int], pattern: Pattern) 
 def test_alps_finds_the_mask_of_its_twin(shape: tuple[int, int], pattern: Pattern) -> None:
     """Float32 may take another turn where two weights come close; it does not lose by it."""
     weight, inputs = example(*shape)
-    done = alps.prune(weight.clone(), gram(inputs), pattern, Settings())
+    done = alps.prune(weight.clone(), gram(inputs), pattern, FITTED)
     exact, keep = reference.alps(weight, inputs, pattern)
     assert int((done.keep ^ keep).sum()) <= 0.02 * keep.numel()
     H = reference.hessian(inputs, 0.01)
@@ -309,7 +345,7 @@ def test_alps_comes_close_to_the_best_mask_there_is() -> None:
             keep[list(kept)] = True
         fitted = reference.refit(row.expand(70, 8), H, keeps)
         best += min(reference.objective(row[None], one[None], H) for one in fitted)
-    done = alps.prune(weight.clone(), gram(inputs), Unstructured(0.5, "row"), Settings())
+    done = alps.prune(weight.clone(), gram(inputs), Unstructured(0.5, "row"), FITTED)
     masked = wanda.prune(weight.clone(), norms(inputs), Unstructured(0.5, "row"), Settings())
     assert best * (1 - 1e-4) <= reference.objective(weight, done.weight, H) < 1.2 * best
     assert reference.objective(weight, masked.weight, H) > 1.5 * best  # the figure above says something
@@ -318,10 +354,10 @@ def test_alps_comes_close_to_the_best_mask_there_is() -> None:
 def test_alps_stops_when_told_to() -> None:
     weight, inputs = example(6, 24)
     pattern = Unstructured(0.5, "layer")
-    free = alps.prune(weight.clone(), gram(inputs), pattern, Settings())
+    free = alps.prune(weight.clone(), gram(inputs), pattern, FITTED)
     assert 4 < free.notes["steps"] < 300  # the support settled
     for steps in (1, 4):
-        done = alps.prune(weight.clone(), gram(inputs), pattern, Settings(iterations=steps))
+        done = alps.prune(weight.clone(), gram(inputs), pattern, replace(FITTED, iterations=steps))
         assert done.notes["steps"] == steps
         assert int(done.keep.sum()) == 72
         assert done.notes["error"] >= free.notes["error"]
@@ -330,7 +366,7 @@ def test_alps_stops_when_told_to() -> None:
 def test_alps_is_the_same_at_any_scale_of_the_inputs() -> None:
     weight, inputs = example(6, 24)
     first, later = (
-        alps.prune(weight.clone(), gram(size * inputs), Unstructured(0.5, "layer"), Settings()) for size in (1, 64)
+        alps.prune(weight.clone(), gram(size * inputs), Unstructured(0.5, "layer"), FITTED) for size in (1, 64)
     )
     assert torch.equal(first.keep, later.keep)
     torch.testing.assert_close(first.weight, later.weight)

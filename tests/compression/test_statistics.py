@@ -147,9 +147,9 @@ def test_dead_inputs_are_reported() -> None:
     assert (factor.upper[~dead][:, dead] == 0).all()
 
 
-def test_scaled_has_a_unit_diagonal_and_its_own_eigenvectors() -> None:
+def test_unit_has_a_unit_diagonal_and_its_own_eigenvectors() -> None:
     inputs = tokens(24)
-    scale, matrix, values, vectors = gram(inputs).scaled(0.01)
+    (scale, matrix), (values, vectors) = gram(inputs).unit(0.01), gram(inputs).eigen(0.01)
     H = reference.hessian(inputs, 0.01)
     torch.testing.assert_close(matrix.diagonal(), torch.ones(24))
     back = scale.double()[:, None] * matrix.double() * scale.double()
@@ -163,6 +163,6 @@ def test_factors_do_not_change_the_sums() -> None:
     summed = gram(tokens(8))
     before = summed.matrix()
     summed.factor(0.1)
-    summed.scaled(0.1)
+    summed.eigen(0.1)
     assert torch.equal(summed.matrix(), before)
     assert summed.factor(0.2).damping == 0.2

@@ -105,12 +105,14 @@ def inputs_of(model: nn.Module, layer: str, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prune_model(
-    model: nn.Module, layers: list[str], ids: Tensor, pattern: Pattern, prune: Prune = masked_wanda
+    model: nn.Module, steps: list[list[str]], ids: Tensor, pattern: Pattern, prune: Prune = masked_wanda
 ) -> dict[str, Tensor]:
-    """A layer at a time, in place; each layer is scored behind all that were pruned before it."""
+    """In place, some layers at a time; each is scored behind all that earlier steps have pruned."""
     masks = {}
-    for layer in layers:
-        weight = model.get_parameter(f"{layer}.weight")
-        pruned, masks[layer] = prune(weight, inputs_of(model, layer, ids), pattern)
-        weight.copy_(pruned)
+    for layers in steps:
+        inputs = [inputs_of(model, layer, ids) for layer in layers]
+        for layer, seen in zip(layers, inputs, strict=True):
+            weight = model.get_parameter(f"{layer}.weight")
+            pruned, masks[layer] = prune(weight, seen, pattern)
+            weight.copy_(pruned)
     return masks
