@@ -15,12 +15,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
 
-from compression.core.checkpoint import CheckpointWriter
+from compression.core.checkpoint import CheckpointWriter, turned
 from compression.core.device import DTYPES
 from compression.core.errors import Problem
 from compression.core.files import write_text
 from compression.core.progress import progress
-from compression.core.skeleton import empty_model, find_blocks, linears
+from compression.core.skeleton import TurnedLinear, empty_model, find_blocks, linears
 
 SMALL_FILES = {".json", ".txt", ".model", ".jinja"}
 
@@ -47,7 +47,8 @@ def import_model(source: Path, target: Path, dtype: str, record: dict[str, Any])
             names, read = _open_folder(source, template)
         model = empty_model(template)
         config = json.loads((template / "config.json").read_text(encoding="utf-8"))
-        _write(model, names, read, config, CheckpointWriter(target, template), dtype, record)
+        transposed = [name for name, module in model.named_modules() if isinstance(module, TurnedLinear)]
+        _write(model, names, read, config, CheckpointWriter(target, template, transposed), dtype, record)
 
 
 def _write(
@@ -74,7 +75,7 @@ def _write(
         if dtype != "source":
             found = {name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in found.items()}
         types.update(tensor.dtype for tensor in found.values() if tensor.is_floating_point())
-        return found
+        return turned(found, writer.transposed)
 
     writer.write_outer(tensors(lambda name: not name.startswith(path + ".")))
     for index in progress(range(len(blocks)), what="download", unit="block"):

@@ -32,7 +32,6 @@ _GEMMA = _GROUPED | {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "tie_word_embeddings": True,
 }
-_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 
 # family -> architecture, config
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,14 +46,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", _GEMMA),
     "gemma3": ("Gemma3ForCausalLM", _GEMMA),
     "gpt_neox": ("GPTNeoXForCausalLM", _USUAL),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "mixtral": ("MixtralForCausalLM", _GROUPED | {"num_local_experts": 4, "tie_word_embeddings": False}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",  # experts that share one, behind a gate of its own
+        _GROUPED
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False}
+        | {"shared_expert_intermediate_size": 32},
+    ),
     "bert": ("BertForMaskedLM", _USUAL),
 }
 CAUSAL = [family for family in FAMILIES if family != "bert"]
+EXPERTS = ["mixtral", "qwen2_moe"]
+PLAIN = [family for family in FAMILIES if family not in EXPERTS]
+PACKABLE = [
+    family for family in CAUSAL if family not in [*EXPERTS, "gpt2"]
+]  # what transformers loads with packed weights
 
 # What pareline refuses so far.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2LMHeadModel", _GPT2),
-    "mixtral": ("MixtralForCausalLM", _GROUPED | {"num_local_experts": 2}),
+    "gpt_oss": ("GptOssForCausalLM", _GROUPED | {"num_local_experts": 4, "head_dim": 8}),
 }
 
 

@@ -16,6 +16,7 @@ lets DVC hash in parallel and store an unchanged block once.
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Checkpoint:
         blocks: module path of the list of blocks (`model.layers`).
         depth: how many there are.
         layers: shape [out, in] of each linear in the blocks, by full name, in the order of the model.
+        transposed: those whose weights lie in the files as [in, out] (GPT-2's); whoever reads sees [out, in].
 
     Raises:
         Problem: no manifest there, or one that is not JSON.
@@ -62,14 +64,15 @@ class Checkpoint:
         self.blocks: str = self.manifest["blocks"]
         self.depth: int = self.manifest["depth"]
         self.layers: dict[str, list[int]] = self.manifest["layers"]
+        self.transposed = frozenset(self.manifest.get("transposed", ()))
 
     def outer(self) -> dict[str, Tensor]:
         """Tensors outside the blocks, by full name."""
         return self._read(OUTER)
 
     def block(self, index: int) -> dict[str, Tensor]:
-        """Tensors of one block, by full name, as they are stored."""
-        return self._read(block_file(index))
+        """Tensors of one block, by full name, in the type in which they are stored."""
+        return turned(self._read(block_file(index)), self.transposed)
 
     def masks(self) -> dict[str, Tensor]:
         """Packed masks uint8 [out, ceil(in / 8)] by layer name; empty for a dense checkpoint."""
@@ -101,10 +104,14 @@ class CheckpointWriter:
         folder: made if need be; blocks that are there from a killed run stay.
         template: a folder whose config, tokenizer and other small files are taken over; its adapter is not, as it
             belongs to the weights that it was trained on.
+        transposed: layers whose weights the files are to hold as [in, out]; None: as the template's manifest says.
     """
 
-    def __init__(self, folder: Path, template: Path) -> None:
+    def __init__(self, folder: Path, template: Path, transposed: Iterable[str] | None = None) -> None:
         self.folder = folder
+        if transposed is None and (template / MANIFEST).exists():
+            transposed = Checkpoint(template).transposed
+        self.transposed = frozenset(transposed or ())
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(template.iterdir()):
             if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, MANIFEST):
@@ -135,7 +142,7 @@ class CheckpointWriter:
             write_tensors(self._part(MASKS, index), {layer: masks.pack(mask) for layer, mask in keep.items()})
         if scales:
             write_tensors(self._part(SCALES, index), scales)
-        write_tensors(self.folder / block_file(index), tensors)
+        write_tensors(self.folder / block_file(index), turned(tensors, self.transposed))
 
     def link_block(self, source: Checkpoint, index: int, keep: dict[str, Tensor]) -> None:
         """Takes over a block of another checkpoint unchanged, with its masks bool [out, in] by layer name."""
@@ -183,9 +190,20 @@ class CheckpointWriter:
             for file in sorted(self.folder.rglob("*"))
             if file.is_file() and not file.name.startswith(MANIFEST)
         }
-        manifest = record | {"depth": depth, "files": files}
+        transposed = {"transposed": sorted(self.transposed)} if self.transposed else {}
+        manifest = record | transposed | {"depth": depth, "files": files}
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
     def _part(self, name: str, index: int) -> Path:
         # Beside the folder, so that an interrupted run leaves no stranger among the checkpoint's files.
         return self.folder.with_name(f"{self.folder.name}-{index:05d}-{name}")
+
+
+def turned(tensors: dict[str, Tensor], transposed: frozenset[str]) -> dict[str, Tensor]:
+    """The weights of some layers [out, in] as [in, out], or back."""
+    if not transposed:
+        return tensors
+    return {
+        name: tensor.T.contiguous() if name.removesuffix(".weight") in transposed and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compression.core import attention
 from compression.core.errors import Problem
+from compression.core.experts import routes, unfuse
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,8 +33,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def empty_model(folder: Path) -> nn.Module:
     """The architecture that config.json describes, weights on the meta device, buffers real, attention ours.
 
+    Experts are a linear for each of their matrices, and GPT-2's transposed layers are linears like all others.
+
     Raises:
-        Problem: transformers does not know the architecture.
+        Problem: transformers does not know the architecture, or its experts are stored in a form that is not handled.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if hasattr(config, "quantization_config"):
@@ -46,7 +49,17 @@ def empty_model(folder: Path) -> nn.Module:
         model: nn.Module = architecture._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
     if model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
         model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    unfuse(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            parent, _, child = name.rpartition(".")
+            inputs, outputs = module.weight.shape
+            setattr(model.get_submodule(parent), child, TurnedLinear(inputs, outputs, device="meta"))
     return model.eval().requires_grad_(False)
+
+
+class TurnedLinear(nn.Linear):
+    """A linear whose weight transformers stores as [in, out] (its Conv1D): checkpoints turn it round."""
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -66,19 +79,19 @@ def find_blocks(model: nn.Module) -> str:
 
 
 def linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The prunable layers of a block by full name, in the order in which they are defined.
+    """The prunable layers of a block by full name, in the order in which they are defined; routers are none.
 
     Raises:
-        Problem: the block stores weights in a form that is not handled yet: fused experts, or GPT-2's
-            transposed Conv1D.
+        Problem: the block stores weights in a form that is not handled: tensors of three dimensions.
     """
-    for name, module in block.named_modules():
-        if isinstance(module, Conv1D):
-            raise Problem(f"{prefix}.{name}", "transposed weights (Conv1D) are not supported yet", "GPT-NeoX is")
     for name, parameter in block.named_parameters():
         if parameter.ndim == 3:
-            raise Problem(f"{prefix}.{name}", "fused expert weights (three dimensions) are not supported yet")
-    return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+            raise Problem(f"{prefix}.{name}", "fused weights (three dimensions) are not supported yet")
+    return {
+        f"{prefix}.{name}": module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not routes(block.get_submodule(name.rpartition(".")[0]))
+    }
 
 
 class Skeleton:

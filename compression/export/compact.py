@@ -73,7 +73,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All tensors as the checkpoint stores them, by full name, and its masks bool [out, in] by layer.
+    """All tensors as `Checkpoint` gives them, by full name, and its masks bool [out, in] by layer.
 
     Raises:
         Problem: no compact form is there, or a file is missing, cut off or changed.
@@ -99,7 +99,7 @@ def restore(folder: Path, target: Path) -> Checkpoint:
     """
     manifest = _manifest(folder)
     with tempfile.TemporaryDirectory() as nothing:  # no template: the small files are those of the compact form
-        writer = CheckpointWriter(target, Path(nothing))
+        writer = CheckpointWriter(target, Path(nothing), manifest["checkpoint"].get("transposed"))
     blocks = {block_file(index) for index in range(manifest["checkpoint"]["depth"])}
     for name in manifest["files"].keys() - blocks:
         _copy(folder / name, target / name, manifest["files"][name])

@@ -11,6 +11,7 @@ from torch import Tensor
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
 from compression.core.ledger import Ledger
+from compression.pruning import magnitude
 from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import Pattern, check_width
 from compression.rewriting import Rewritten, rewrite
@@ -39,7 +40,8 @@ def prune_model(
         passes: through each block: 1, or 2 as in the papers (compression.walk).
 
     Returns:
-        what the method noted, by layer and name, in the order of the model.
+        what the method noted, by layer and name, in the order of the model. `unseen` marks an expert that no token was
+        sent to: of its inputs nothing is known, and it is pruned by magnitude.
 
     Raises:
         Problem: a width that the pattern cannot divide, or weights or inputs that are not finite, by layer.
@@ -48,8 +50,11 @@ def prune_model(
         check_width(patterns[layer], layer, width)
 
     def prune(layer: str, weight: Tensor, statistic: Any, before: Tensor | None) -> Rewritten:
-        done: Pruned = method.prune(weight, statistic, patterns[layer], replace(settings, before=before))
+        unseen = statistic is not None and not statistic.tokens
+        own = magnitude if unseen else method
+        done: Pruned = own.prune(weight, statistic, patterns[layer], replace(settings, before=before))
+        notes = done.notes | ({"unseen": 1.0} if unseen else {})
         scale = done.grid.scale if done.grid else None
-        return Rewritten(done.weight, {"weight": done.weight}, done.keep, scale, done.notes)
+        return Rewritten(done.weight, {"weight": done.weight}, done.keep, scale, notes)
 
     return rewrite("prune", source, writer, journal, method.STATISTIC, prune, ids, device, dtype, passes=passes)

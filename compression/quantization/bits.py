@@ -1,9 +1,24 @@
-"""Which groups of inputs may share a scale."""
+"""Which layers have a packed layout that transformers loads, and which groups of their inputs may share a scale."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from compression.core.errors import Problem
 from compression.quantization.grid import GroupSize
+
+EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of an expert's layer, see compression/core/experts.py
+
+
+def check_packable(layers: Iterable[str], transposed: Collection[str]) -> None:
+    """Raises Problem when a layer that is to be packed is an expert's, or lies in the files as [in, out] (GPT-2's).
+
+    transformers fills fused experts from plain matrices only, and takes packed ones for missing without an error.
+    """
+    for layer in layers:
+        if EXPERT.search(layer) or layer in transposed:
+            kind = "experts" if EXPERT.search(layer) else "transposed weights"
+            what = f"transformers does not load packed {kind}"
+            raise Problem("params.yaml: quantize.method", f"{what}, and {layer} is of that kind", "valid: none")
 
 
 def check_group_size(

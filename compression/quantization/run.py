@@ -11,7 +11,7 @@ from compression.core import masks
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
 from compression.core.ledger import Ledger
-from compression.quantization.bits import check_group_size
+from compression.quantization.bits import check_group_size, check_packable
 from compression.quantization.ends import check_ends, round_end, what_ends_read
 from compression.quantization.grid import Grid
 from compression.quantization.method import Quantized, Settings
@@ -49,8 +49,10 @@ def quantize_model(
         what the method noted, by layer and name, in the order of the model.
 
     Raises:
-        Problem: the group size does not divide a width, weights or inputs are not finite, or a pruned weight moved.
+        Problem: a layer has no packed layout that transformers loads, the group size does not divide a width, weights
+            or inputs are not finite, or a pruned weight moved.
     """
+    check_packable(schemes, source.transposed)
     scales, stored = source.scales(), layouts(schemes, model)
     check_group_size({layer: source.layers[layer] for layer in schemes if layer in source.layers}, settings.group_size)
     ends = {layer: scheme for layer, scheme in schemes.items() if layer not in source.layers}

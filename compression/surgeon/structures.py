@@ -40,6 +40,7 @@ LAYOUTS: dict[Kind, tuple[tuple[tuple[str, ...], str], ...]] = {
         (("fc1",), "fc2"),  # OPT
         (("intermediate.dense",), "output.dense"),  # BERT
         (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+        (("c_fc",), "c_proj"),  # GPT-2
     ),
     "heads": (
         (("q_proj", "k_proj", "v_proj"), "o_proj"),

@@ -18,7 +18,7 @@ from compression.core.skeleton import empty_model
 
 Shapes = dict[str, tuple[int, ...]]  # by tensor
 
-UNITS = ("intermediate_size", "ffn_dim")  # what configs call the number of hidden units
+UNITS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call the number of hidden units
 
 
 def read_config(folder: Path) -> Any:
@@ -65,7 +65,7 @@ def with_units(config: Any, before: int, after: int) -> dict[str, Any]:
         Problem: the config does not say how many there are.
     """
     for key in UNITS:
-        if said(config, key) == before:
+        if hasattr(config, key) and said(config, key) in (before, None):  # n_inner is None where it is the usual width
             return {key: after}
     raise Problem("config.json", f"does not say that a block has {before} hidden units", f"known: {', '.join(UNITS)}")
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from compression.core.errors import Problem
 from compression.export import FORMATS
-from compression.quantization.bits import check_group_size
+from compression.quantization.bits import check_group_size, check_packable
 from compression.sensitivity.similarity import check_samples
 from tasks.checks.pruning import ROUNDING
 from tasks.checks.rule import Rule
@@ -53,6 +53,18 @@ def grid_is_passed_on(
         if value not in valid:
             listed = ", ".join(map(str, valid))
             yield Problem(f"{PARAMS}: {key}", f"{value} does not keep the grid of prune.bits", f"valid: {listed}")
+
+
+def layers_can_be_packed(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """transformers loads what the stage would write."""
+    if quantize.method == "none":
+        return
+    manifest = DATA / "model" / "manifest.json"
+    transposed = json.loads(manifest.read_text(encoding="utf-8")).get("transposed", ()) if manifest.exists() else ()
+    try:
+        check_packable(layers, transposed)
+    except Problem as problem:
+        yield problem
 
 
 def groups_fit(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
@@ -184,6 +196,7 @@ def formats_suit_model(
 RULES: list[Rule] = [
     sensitivity_can_be_measured,
     grid_is_passed_on,
+    layers_can_be_packed,
     groups_fit,
     groups_fit_heads,
     plan_has_scores,

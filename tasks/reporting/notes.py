@@ -30,7 +30,7 @@ def notes(run: Run, sensitive: bool) -> list[str]:
     Args:
         sensitive: whether the sensitivity of the blocks was measured.
     """
-    tellers = (_size, _smaller, _zeros, _surgery, _quality, _forgetting, _source, _loading, _speed)
+    tellers = (_size, _smaller, _zeros, _unseen, _surgery, _quality, _forgetting, _source, _loading, _speed)
     found = [note for tell in tellers for note in tell(run)]
     if not sensitive:
         found.append("The loss increase of the blocks was not measured: no block could be given more bits for it.")
@@ -70,6 +70,16 @@ def _smaller(run: Run) -> Iterator[str]:
             "Blocks keep different widths, but transformers builds all as wide as the widest: "
             f"{number(shrunk.padding, 0)} weights, {share} of those that are left in the linear layers, are zeros that "
             f"fill the others up. {whole}They count as removed, yet take their bytes and their time."
+        )
+
+
+def _unseen(run: Run) -> Iterator[str]:
+    """Experts of which calibration could say nothing."""
+    layers = [layer for layer, noted in run["pruned"].manifest.pruning.items() if noted.get("unseen")]
+    if layers:
+        yield (
+            f"No calibration token was sent to {number(len(layers), 0)} experts' layers, so they were pruned by "
+            f"magnitude alone: {listed(layers)}. More calibration text (prune.sequences) may reach them."
         )
 
 

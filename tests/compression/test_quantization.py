@@ -93,7 +93,7 @@ def transformers_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.fl
         return logits
 
 
-@pytest.mark.parametrize("family", tiny.CAUSAL)
+@pytest.mark.parametrize("family", tiny.PACKABLE)
 def test_transformers_computes_with_what_was_packed(family: str, imported: Make, tmp_path: Path, ids: Tensor) -> None:
     pruned = prune(imported(family), tmp_path / "pruned", wanda, NofM(2, 4), ids)
     packed = quantize(pruned, tmp_path / "packed")

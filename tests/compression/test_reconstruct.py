@@ -240,7 +240,7 @@ def test_halves_part_the_block(family: str, imported: Make, ids: Tensor) -> None
     assert not attention.modules & rest.modules
     assert attention.modules | rest.modules == whole.modules
     names = [name.removeprefix(f"{skeleton.path}.1.") for name in linears(block, f"{skeleton.path}.1")]
-    count = 2 if family == "gpt_neox" else 4  # q, k, v and out; GPT-NeoX has qkv in one
+    count = 2 if family in ("gpt_neox", "gpt2") else 4  # q, k, v and out; these two have q, k and v in one
     assert [name for name in names if name in attention.modules] == names[:count]
     assert not any(handle for module in block.modules() for handle in module._forward_hooks)
     before = {"llama": "input_layernorm", "opt": "self_attn_layer_norm", "gpt_neox": "input_layernorm"}

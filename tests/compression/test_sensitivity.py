@@ -16,7 +16,7 @@ from compression.core.skeleton import Skeleton
 from compression.sensitivity import branches, measured, pmpq, tdmpq
 from compression.sensitivity.outliers import outlier_ratio
 from compression.sensitivity.settings import Columns, Settings
-from compression.statistics import ROWS, InputNorms
+from compression.statistics import ENTRIES, InputNorms
 from tests import tiny
 from tests.compression.helpers import Killed, make_skeleton, whole_model
 from tests.conftest import Make
@@ -227,7 +227,7 @@ def test_outlier_ratio_equals_counting() -> None:
 # Calibration.
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PLAIN)
 def test_norms_are_those_of_the_whole_model(family: str, imported: Make, tmp_path: Path, ids: Tensor) -> None:
     norms = input_norms(make_skeleton(imported(family)), ids, Journal(tmp_path))
     model = whole_model(imported(family))
@@ -277,7 +277,7 @@ def test_statistic_leaves_its_input_alone(dtype: torch.dtype) -> None:
 
 
 def test_statistic_adds_up_over_many_tokens() -> None:
-    inputs = torch.randn(2 * ROWS + 17, 4)
+    inputs = torch.randn(2 * ENTRIES // 4 + 17, 4)
     whole, parts = InputNorms(4), InputNorms(4)
     whole.update(inputs)
     for part in inputs.split(1000):

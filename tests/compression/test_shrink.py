@@ -89,7 +89,7 @@ def cut(source: Checkpoint, folder: Path, stay: dict[Kind, list[int]], multiple:
 
 
 @pytest.mark.parametrize("widths", UNITS)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PLAIN)
 def test_smaller_model_gives_the_logits_of_the_masked_one(
     family: str, widths: str, imported: Make, tmp_path: Path, ids: Tensor
 ) -> None:

@@ -23,7 +23,7 @@ from tests.conftest import Make
 from tests.reference import allot as reference
 
 WITH_HEADS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
-READERS = {"opt": "fc2", "bert": "output.dense", "gpt_neox": "mlp.dense_4h_to_h"}
+READERS = {"opt": "fc2", "bert": "output.dense", "gpt_neox": "mlp.dense_4h_to_h", "gpt2": "mlp.c_proj"}
 
 
 def of_config(folder: Path, family: str, changes: dict[str, Any]) -> Checkpoint:
@@ -35,14 +35,14 @@ def of_config(folder: Path, family: str, changes: dict[str, Any]) -> Checkpoint:
     return Checkpoint(folder / "in")
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PLAIN)
 def test_units_of_every_family(family: str, imported: Make) -> None:
     source = Checkpoint(imported(family))
     found = find_structures(source, ["units"])
     assert list(found) == [(0, "units"), (1, "units"), (2, "units")]
     for (index, _), structure in found.items():
         assert structure.reader == f"{source.blocks}.{index}.{READERS.get(family, 'mlp.down_proj')}"
-        assert structure.number == 64
+        assert structure.number == (128 if family == "gpt2" else 64)  # four times its width, unless it is told
         assert structure.weights == 32 * (1 + len(structure.writers))
         assert len(structure.writers) == (1 if family in READERS else 2)
 

@@ -687,6 +687,15 @@ def test_padding_counts_as_removed_but_is_told_apart(root: Path) -> None:
 SURGEON = {"curvature": "kfac", "shots": 3, "update": "correlated"}
 
 
+def test_experts_that_no_token_reached_are_named(root: Path) -> None:
+    note = "No calibration token was sent to"
+    assert note not in (report(root) / "index.html").read_text()
+    ledger = {layer: {"unseen": 1.0} if layer in (LAYERS[1], LAYERS[3]) else {"error": 0.1} for layer in LAYERS}
+    change(root, "data/pruned/manifest.json", pruning=ledger)
+    text = Page((report(root) / "index.html").read_text()).text
+    assert f"{note} 2 experts' layers, so they were pruned by magnitude alone: {LAYERS[1]} and {LAYERS[3]}." in text
+
+
 def test_the_surgeon_tells_its_shots_and_what_it_expected(root: Path) -> None:
     ledger = {layer: {"cost": 0.01 * place, "dropped": 9.0} for place, layer in enumerate(LAYERS)}
     change(
