@@ -9,7 +9,8 @@ from compression.core.errors import Problem
 
 ENTRIES = 2**17  # of `InputNorms` at a time: their float32 copy stays in the processor's cache
 CHUNK = 1024  # tokens a product of `Gram`
-PANELS = 6  # strips of columns in which the upper half of a product is computed
+PANEL = 256  # columns of the strips in which the upper half of a product is computed
+LEAF = 128  # columns of H that are factored at once
 
 
 class InputNorms:
@@ -163,12 +164,9 @@ class Gram:
         while damping <= 1:
             damped = matrix.clone()
             damped.diagonal().add_(damping * mean)
-            # With J turning rows and columns round and J H J = L L^T: U = J L^-1 J, one factorisation instead of two.
-            lower, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not fault:
-                upper = _inverse(lower).flip(0, 1)
-                if upper.isfinite().all():
-                    return Factor(upper, dead, damping, order)
+            upper = _upper(damped)
+            if upper is not None and upper.isfinite().all():
+                return Factor(upper, dead, damping, order)
             damping = max(10 * damping, 1e-4)
         raise Problem("X^T X", "cannot be factored", "raise the damping, or look whether the inputs are sound")
 
@@ -192,17 +190,30 @@ class Gram:
     def _panels(self) -> list[tuple[int, int]]:
         """Strips of columns; of each, what lies right of its first column is computed."""
         width = len(self._sum)
-        step = -(-width // PANELS)
+        number = -(-width // PANEL)
+        step = -(-width // number)
         return [(start, min(start + step, width)) for start in range(0, width, step)]
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix [n, n], by halves: a third of the operations of a solve against one."""
-    half = len(lower) // 2
-    if half < 128:
-        return torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
-    inverse = torch.zeros_like(lower)
-    head, tail = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = head, tail
-    inverse[half:, :half] = -(tail @ (lower[half:, :half] @ head))
-    return inverse
+def _upper(H: Tensor) -> Tensor | None:
+    """U [n, n], upper triangular, H^-1 = U^T U; None where H is not positive definite.
+
+    By halves, H = [A B; B^T C]: with R = U^-1, H = R R^T, so C = R_22 R_22^T, R_12 = B R_22^-T, and R_11 is the
+    factor of what is then left of A. Nearly all operations are matrix products, and nothing is factored first and
+    inverted after.
+    """
+    if len(H) <= LEAF:
+        # With J turning rows and columns round and J H J = L L^T: U = J L^-1 J.
+        lower, fault = torch.linalg.cholesky_ex(H.flip(0, 1))
+        one = torch.eye(len(H), device=H.device)
+        return None if fault else torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
+    half = len(H) // 2
+    if (tail := _upper(H[half:, half:])) is None:
+        return None
+    side = H[:half, half:] @ tail.T
+    if (head := _upper(torch.addmm(H[:half, :half], side, side.T, alpha=-1))) is None:
+        return None
+    upper = torch.zeros_like(H)
+    upper[:half, :half], upper[half:, half:] = head, tail
+    upper[:half, half:] = -(head @ (side @ tail))
+    return upper

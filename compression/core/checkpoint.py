@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compression.core import masks
 from compression.core.errors import Problem
-from compression.core.files import join_tensors, read_tensors, sha256, write_tensors, write_text
+from compression.core.files import join_tensors, read_header, read_tensors, sha256, write_tensors, write_text
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -180,9 +180,9 @@ class CheckpointWriter:
             write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         weight_map, size = {}, 0
         for name in [OUTER, *(block_file(index) for index in range(depth))]:
-            for tensor_name, tensor in read_tensors(self.folder / name).items():
+            for tensor_name, entry in sorted(read_header(self.folder / name)[0].items()):
                 weight_map[tensor_name] = name
-                size += tensor.nbytes
+                size += entry["data_offsets"][1] - entry["data_offsets"][0]
         index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(self.folder / INDEX, json.dumps(index_file, indent=2) + "\n")
         files = {

@@ -56,19 +56,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_atomically(path, lambda draft: save_file(ready, draft, metadata={"format": "pt"}))
 
 
-def join_tensors(path: Path, parts: list[Path]) -> None:
-    """Joins safetensors files into one, whole or not at all, with one tensor's bytes in memory.
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """What a safetensors file says of its tensors, by name (dtype, shape, data_offsets), and where their bytes begin.
 
-    The format is eight bytes that hold the header's length, a JSON header with type, shape and place of every
-    tensor, and their bytes one after the other.
+    The format is eight bytes that hold the header's length, a JSON header, and the tensors' bytes one after the other.
     """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def join_tensors(path: Path, parts: list[Path]) -> None:
+    """Joins safetensors files into one, whole or not at all, with one tensor's bytes in memory."""
     found: dict[str, tuple[Path, int, dict[str, Any]]] = {}  # name -> file, where its bytes begin there, entry
     for part in parts:
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found |= {name: (part, 8 + length + entry["data_offsets"][0], entry) for name, entry in header.items()}
+        header, begin = read_header(part)
+        found |= {name: (part, begin + entry["data_offsets"][0], entry) for name, entry in header.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (_, _, entry) in sorted(found.items()):

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from compression.core import attention
 from compression.core.errors import Problem
 from compression.core.experts import routes, unfuse
+from compression.core.norms import by_rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -118,6 +119,7 @@ class Skeleton:
         self._block = block
         self._blocks = self.model.get_submodule(self.path)
         self._calls: dict[torch.Size, list[Call]] = {}
+        by_rows(self._blocks)
         ready = {name: self._place(tensor) for name, tensor in outer.items()}
         self.model.load_state_dict(ready, strict=False, assign=True)
         self.model.tie_weights()  # type: ignore[operator]

@@ -41,7 +41,7 @@ def prune(weight: Tensor, statistic: Gram, pattern: Pattern, settings: Settings)
     target = weight.float() * scale
     target[:, statistic.norms() == 0] = 0  # dead inputs
     keep, sparse, steps = _support(target, unit, *statistic.eigen(settings.damping), pattern, settings.iterations)
-    refitted = refit(target, unit, keep, sparse, settings.refit)
+    refitted, _ = refit(target, unit, keep, sparse, settings.refit)
     pruned = (refitted / scale).to(weight.dtype) * keep
     return Pruned(pruned, keep, {"steps": float(steps), "error": statistic.error(weight, pruned)})
 

@@ -6,13 +6,14 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from compression.core.device import pick_dtype
 from compression.core.errors import Problem
 from compression.pruning.method import Pruned, Settings
 from compression.pruning.pattern import NofM, Pattern, Unstructured
 from compression.pruning.refit import refit
 from compression.pruning.select import keep_highest
 from compression.quantization.grid import Grid, spanning_scale
-from compression.statistics import Factor, Gram
+from compression.statistics import Gram
 from compression.sweep import STRIP, sweep
 
 
@@ -37,7 +38,7 @@ def prune_by_sweep(
 
     Returns:
         the layer, with notes: `damping` that was needed, and `error`, the share ||X (W - W')^T||^2 / ||X W^T||^2, which
-        is the sum of all e_j^2 by the energy of the dense layer (H damped above, not below) where nothing is refitted.
+        is what the sweep and the refit minimise by the energy of the dense layer (H damped above, not below).
 
     Raises:
         Problem: H cannot be factored, or groups of the grid do not fit blocks of columns.
@@ -77,23 +78,17 @@ def prune_by_sweep(
 
     lost = sweep(values, factor.upper, change, block, strip)
     mask = kept.T.bool().contiguous()
-    if settings.refit and not settings.bits:
-        pruned = _refitted(weight, values.T, mask, statistic, factor, settings)
-        return Pruned(pruned, mask, {"damping": factor.damping, "error": statistic.error(weight, pruned)})
-    pruned = values.T.contiguous().to(weight.dtype)
+    found, rounded = values.T, Grid(settings.bits, torch.stack(scales, 1)) if settings.bits else None
+    if settings.refit and rounded is None:
+        # The sweep makes up for what goes in later columns only; here earlier ones have their share, too.
+        scale, unit = statistic.unit(factor.damping)
+        target = weight.float() * scale
+        target[:, factor.dead] = 0
+        fast = weight.dtype == torch.bfloat16 == pick_dtype("auto", weight.device)
+        found, fallen = refit(target, unit, mask, found * scale, settings.refit, fast)
+        found, lost = found / scale, lost - fallen
     notes = {"damping": factor.damping, "error": lost / max(statistic.energy(weight), 1e-30)}
-    rounded = Grid(settings.bits, torch.stack(scales, 1)) if settings.bits else None
-    return Pruned(pruned, mask, notes, rounded)
-
-
-def _refitted(
-    weight: Tensor, values: Tensor, keep: Tensor, statistic: Gram, factor: Factor, settings: Settings
-) -> Tensor:
-    """The sweep makes up for what goes in later columns only; here earlier ones have their share, too."""
-    scale, unit = statistic.unit(factor.damping)
-    target = weight.float() * scale
-    target[:, factor.dead] = 0
-    return (refit(target, unit, keep, values * scale, settings.refit) / scale).to(weight.dtype) * keep
+    return Pruned(found.contiguous().to(weight.dtype), mask, notes, rounded)
 
 
 def _owed(pattern: Pattern, rows: int, width: int, group: int) -> list[int]:

@@ -288,7 +288,23 @@ def test_refit_keeps_the_mask_and_ends_at_the_best_weights_on_it(
     assert lost == sorted(lost, reverse=True)
     assert lost[0] > 1.02 * least
     assert lost[-1] == pytest.approx(least, rel=1e-4)
-    assert done.notes["error"] == pytest.approx(reference.layer_error(weight, done.weight, inputs), rel=1e-3)
+    whole = float((inputs.double() @ weight.double().T).square().sum()) / len(inputs)
+    assert done.notes["error"] == pytest.approx(reference.objective(alive, done.weight, H) / whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6, "columns"), NofM(2, 4)], ids=str)
+def test_refit_in_bfloat16_gains_as_much(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = example(16, 48, tokens=400)
+    stored, H = weight.bfloat16(), reference.hessian(inputs, 0.01)
+    lost = {}
+    for computing in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(obs, "pick_dtype", lambda *_, computing=computing: computing)
+        done = sparsegpt.prune(stored.clone(), gram(inputs), pattern, Settings(columns=16, refit=5))
+        lost[computing] = reference.objective(stored, done.weight, H)
+    swept = sparsegpt.prune(stored.clone(), gram(inputs), pattern, Settings(columns=16))
+    gain = reference.objective(stored, swept.weight, H) - lost[torch.float32]
+    assert gain > 0.05 * lost[torch.float32]
+    assert abs(lost[torch.bfloat16] - lost[torch.float32]) < 0.02 * gain
 
 
 def test_what_lies_on_a_grid_is_not_refitted() -> None:

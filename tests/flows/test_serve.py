@@ -79,8 +79,13 @@ def test_the_schedule_is_served(tmp_path: Path, finished: Workspace) -> None:
         states = {found["name"]: found["state"]["name"] for found in tasks}
         ran = {"left", "join", "speed@left"}
         assert states == {name: "Completed" if name in ran else "Cached" for name in CACHED}
-        logs = ask(f"{api}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-        assert any(entry["message"] == "hello from left" for entry in logs)
+        deadline = time.monotonic() + 60  # lines are sent in batches, the last of them after the run has ended
+        while not any(
+            entry["message"] == "hello from left"
+            for entry in ask(f"{api}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
         workspace.param("left.value", 3)
         workspace.knobs(left={"sleep": 600, "child": True})
