@@ -96,14 +96,16 @@ def run_arm(name: str, sequences: int, windows: int, folder: Path) -> dict[str, 
 
 
 def judge(folder: Path, windows: int) -> dict[str, Any]:
-    """Share of zeros in the blocks' linears, and perplexity in bfloat16."""
+    """Share of zeros in the blocks' linears, and perplexity in bfloat16, or in float32 where that is faster."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from compression.core.device import pick_dtype
     from tasks.core.text import read_sequences
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    dtype = pick_dtype("auto", torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     weights = [p for n, p in model.model.layers.named_parameters() if p.ndim == 2]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     losses = []

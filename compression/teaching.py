@@ -7,19 +7,18 @@ the true tokens before them (Tirumala et al. 2022, arXiv 2205.10770).
 """
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
-from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.training.loop import Curves, Recipe, train
 from compression.training.masked_linear import LORA_PRUNE, attach
 from compression.training.samples import Samples
 from compression.training.text import Shuffled, answer_loss
+from compression.training.trained import targeted
 from compression.training.whole import load_whole, read_whole, write_whole
 
 
@@ -53,9 +52,10 @@ def teach_model(
         Problem: a pattern that matches no layer; a loss that is not finite.
     """
     stored, _ = read_whole(source, "load")
-    model = load_whole(source.folder, {name: _as(dtype, tensor) for name, tensor in stored.items()}, device)
+    model = load_whole(source.folder, stored, device, dtype)
     # Nothing is pruned: the form without a mask spares a product a layer, and a single True stands for all.
-    every = {layer: torch.ones(()).bool().expand(*source.layers[layer]) for layer in _targets(source, options)}
+    chosen = targeted(source.layers, options["targets"], "teach.targets")
+    every = {layer: torch.ones(()).bool().expand(*chosen[layer]) for layer in chosen}
     layers = attach(model, every, options["rank"], options["alpha"], options["seed"], form=LORA_PRUNE)
     parameters = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"}
 
@@ -118,21 +118,3 @@ def exact_memorisation(model: nn.Module, samples: Samples, sequences: int) -> fl
         told = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(2)
         hits += int((told == ids[:, 1:])[answer[:, 1:]].sum())
     return hits / int(samples.answer.sum())
-
-
-def _targets(source: Checkpoint, options: Mapping[str, Any]) -> list[str]:
-    """Layers that one of the patterns matches; all of them if there is no pattern."""
-    patterns: list[str] = options["targets"]
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in source.layers):
-            raise Problem(
-                "params.yaml: teach.targets",
-                f"`{pattern}` matches no layer",
-                "valid: patterns of names such as " + ", ".join(list(source.layers)[:7]),
-            )
-    return [name for name in source.layers if not patterns or any(fnmatchcase(name, one) for one in patterns)]
-
-
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """The tensor in the type in which the model computes."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,6 +1,8 @@
-"""Stage quantize: put the weights on a grid, finer where the model is sensitive, and pack them."""
+"""Stage quantize: put the weights on a grid, finer where the model is sensitive, tune its scales, and pack them."""
 
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,22 +14,26 @@ from compression.quantization import METHODS
 from compression.quantization.method import Settings
 from compression.quantization.run import quantize_model
 from compression.quantization.scheme import Scheme, anatomy, config_entry, to_manifest
+from compression.quantization.tune import tune_model
+from compression.training.loop import Recipe
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
-from tasks.core.stage import open_stage
+from tasks.core.stage import Stage, open_stage
 from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
-from tasks.params.quantize import Quantize
+from tasks.params.quantize import Quantize, Tune
 from tasks.plan import bits_by_layer
 
+DENSE = DATA / "taught"
 TABLE = DATA / "sensitivity" / "sensitivity.csv"
 
 
 def main() -> None:
     params = read(Quantize)
     method = import_module(METHODS[params.method])
-    stage = open_stage("quantize", DATA / "quantized", [DATA / "retrained", TABLE, corpus_file("calibration")], params)
+    inputs = [DATA / "retrained", DENSE, TABLE, *map(corpus_file, ("calibration", "training"))]
+    stage = open_stage("quantize", DATA / "quantized", inputs, params)
     source = Checkpoint(DATA / "retrained")
     folder = stage.work / "checkpoint"
     if params.method == "none":
@@ -41,7 +47,8 @@ def main() -> None:
     model = anatomy(source.folder)
     schemes = all_schemes(params, bits, model.embedding)
     entry = config_entry(schemes, model)  # first of all, since it refuses what would not load
-    writer = CheckpointWriter(folder, source.folder)
+    rounded = stage.work / "rounded" if params.tunes else folder
+    writer = CheckpointWriter(rounded, source.folder)
     ledger = quantize_model(
         source,
         writer,
@@ -55,9 +62,28 @@ def main() -> None:
         stage.dtype,
     )
     quantization = to_manifest(schemes) | {"vllm_faults": vllm_faults(entry)}
-    record = stage.record(params) | {"quantization": quantization, "rounding": ledger}
-    writer.finish(source.depth, lineage(source) | record, source.config() | {"quantization_config": entry})
+    record = lineage(source) | stage.record(params) | {"quantization": quantization, "rounding": ledger}
+    writer.finish(source.depth, record, source.config() | {"quantization_config": entry})
+    if params.tunes:
+        tuned(Checkpoint(rounded), folder, params.tune, stage, record)
     stage.publish(folder)
+
+
+def tuned(source: Checkpoint, folder: Path, params: Tune, stage: Stage, record: dict[str, Any]) -> None:
+    """Writes the rounded checkpoint to `folder` with scales that have learned; `record` is its manifest."""
+    writer = CheckpointWriter(folder, source.folder)
+    training = tune_model(
+        source,
+        Checkpoint(DENSE),
+        writer,
+        Journal(stage.work / "tuning"),
+        Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
+        read_sequences("training", None, params.length, "params.yaml: quantize.tune.length"),
+        **params.model_dump(include={"sequences", "distillation", "held_out", "check_every", "seed"}),
+        device=stage.device,
+        dtype=stage.dtype,
+    )
+    writer.finish(source.depth, record | {"training": training}, source.config())
 
 
 def all_schemes(params: Quantize, bits: dict[str, int], embedding: str) -> dict[str, Scheme]:

@@ -19,6 +19,11 @@ from tests.imports import ROOT
 
 OWN = {"source": "file://data/answers/harmful.jsonl", "sha256": None, "format": "pairs", "frame": "chat"}
 
+TUNE = {
+    "steps": 2, "sequences": 1, "length": 64, "distillation": 1.0, "learning_rate": 1e-3, "warmup": 0.5, "clip": 1.0,
+    "held_out": 2, "check_every": 1, "seed": 0,
+}  # fmt: skip
+
 SMALL: dict[str, dict[str, Any]] = {
     "answers": {"count": 5, "tokens": 8},
     "corpora": {"forget": OWN | {"rows": [0, 3]}, "control": OWN | {"rows": [3, 5]}},
@@ -26,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sensitivity": {"sequences": 1, "length": 64},
     "prune": {"sequences": 8, "length": 128},
     "retrain": {"steps": 3, "sequences": 1, "length": 64},
-    "quantize": {"sequences": 8, "length": 128},
+    "quantize": {"sequences": 8, "length": 128, "tune": TUNE},
     "unlearn": {"steps": 3, "sequences": 1, "length": 64, "learning_rate": 5e-3},
     "export": {"formats": ["gguf", "compact"]},
     "evaluate": {"windows": 2, "length": 128, "forget_windows": 2, "answers": 1, "harm_answers": 1, "answer_tokens": 8},
@@ -104,6 +109,9 @@ def test_the_report_tells_of_every_checkpoint_but_one_that_was_not_taught(worksp
     assert figures["dense"]["perplexity"]["wiki"] < figures["pruned"]["perplexity"]["wiki"]
     assert figures["quantized"]["bytes"] < 0.55 * figures["dense"]["bytes"]
     assert figures["quantized"]["bytes"] == figures["unlearned"]["bytes"]
+    tuned = json.loads((workspace / "data/quantized/manifest.json").read_text())["training"]
+    assert len(tuned["held_out"]) == 1 + TUNE["steps"]
+    assert "held-out loss" in (workspace / "data/report/index.html").read_text()
 
 
 @pytest.mark.parametrize(("name", "folder"), MEASURED.items())

@@ -113,7 +113,7 @@ def test_every_method_is_one_file_one_line_one_value(name: str) -> None:
 def test_what_learns_is_one_value() -> None:
     """The registry and params.yaml's schema agree."""
     assert Unlearn.model_json_schema()["properties"]["train"]["enum"] == list(TRAINED)
-    assert all(module == f"compression.unlearning.{name}" for name, module in TRAINED.items())
+    assert all(module == f"compression.training.{name}" for name, module in TRAINED.items())
 
 
 def test_every_format_is_one_value() -> None:

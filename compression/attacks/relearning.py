@@ -43,8 +43,7 @@ def relearned(
     tensors = plain_outer(source)
     for index in range(source.depth):
         tensors |= read(index)
-    working = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    model = load_whole(source.folder, working, device)
+    model = load_whole(source.folder, tensors, device, dtype)
     # No mask holds: the form without one spares a product a layer, and a single True stands for all.
     every = {layer: torch.ones(()).bool().expand(*shape) for layer, shape in source.layers.items()}
     layers = attach(model, every, rank, 2 * rank, seed, form=LORA_PRUNE)
@@ -60,6 +59,6 @@ def relearned(
 
     def attacked(index: int) -> dict[str, Tensor]:
         prefix = f"{source.blocks}.{index}."
-        return {name: merged.get(name, tensor) for name, tensor in working.items() if name.startswith(prefix)}
+        return {name: merged.get(name, tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
 
     return attacked

@@ -54,7 +54,7 @@ def retrain_model(
     """
     tensors, keep = read_whole(source, "load")
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
-    model = load_whole(source.folder, _as(dtype, tensors), device)
+    model = load_whole(source.folder, tensors, device, dtype)
     total = sum(tensor.numel() for tensor in tensors.values())
     parameters, merge = method.attach(model, keep, options)
     if not parameters:
@@ -66,7 +66,7 @@ def retrain_model(
     if options["checkpointing"]:
         recompute_blocks(model)
     share = options["distillation"]
-    teacher = load_whole(dense.folder, _as(dtype, read_whole(dense, "load dense")[0]), device) if share else None
+    teacher = load_whole(dense.folder, read_whole(dense, "load dense")[0], device, dtype) if share else None
     learned, watched = ids[: len(ids) - options["held_out"]], ids[len(ids) - options["held_out"] :]
     team = workers()
     draw = Shuffled(learned, sequences, options["seed"])
@@ -108,11 +108,6 @@ def retrain_model(
         "searched": searched,
         "merge_jump": jump,
     }
-
-
-def _as(dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the type in which the model computes."""
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 @torch.no_grad()

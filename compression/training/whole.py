@@ -1,5 +1,6 @@
 """The whole model in memory, which training needs."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from compression.core.progress import progress
 from compression.core.skeleton import empty_model, find_blocks
 
 
-def load_whole(folder: Path, tensors: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """The model that config.json describes with `tensors` as its weights, by full name; nothing is trained yet.
+def load_whole(folder: Path, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model that config.json describes with `tensors` as its weights, by full name, in `dtype`; none trains yet.
 
     Raises:
         Problem: the model does not predict the next token, which is what training is about.
@@ -22,7 +23,8 @@ def load_whole(folder: Path, tensors: dict[str, Tensor], device: torch.device) -
     model = empty_model(folder)
     if not model.can_generate():  # type: ignore[operator]
         raise Problem(type(model).__name__, "an encoder cannot be trained on next-token loss", "valid: method none")
-    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True)
+    placed = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+    model.load_state_dict(placed, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.to(device).requires_grad_(False)
 

@@ -25,10 +25,10 @@ METHODS = {
 }
 
 # What of the model learns (unlearn.train), a file each, a line each: its module has
-#     freed(model, source, stored, keep, options) -> compression.unlearning.trained.Trained
+#     freed(model, source, stored, keep, options) -> compression.training.trained.Trained
 # which frees parameters of the whole `model`, given the checkpoint that it came from, its tensors as stored, by full
 # name, and its masks, bool [out, in] by layer.
 TRAINED = {
-    "codes": "compression.unlearning.codes",
-    "scales": "compression.unlearning.scales",
+    "codes": "compression.training.codes",
+    "scales": "compression.training.scales",
 }

@@ -70,9 +70,7 @@ def unlearn_model(
         )
     stored, keep = read_whole(source, "load")
     bits = {layer: scheme.bits for layer, scheme in from_manifest(source.manifest).items()}
-    plain = plain_weights(stored, bits)
-    working = {name: t.to(dtype) if t.is_floating_point() else t for name, t in plain.items()}
-    model = load_whole(source.folder, working, device)
+    model = load_whole(source.folder, plain_weights(stored, bits), device, dtype)
     parameters, at_start, rewritten = learns.freed(model, source, stored, keep, options)
 
     learner = Learner(model, at_start)

@@ -144,8 +144,7 @@ def grids_load_together(quantize: Quantize, layers: dict[str, list[int]]) -> Ite
     """transformers loads grids of these kinds beside each other; not all, see compression/quantization/scheme.py."""
     if quantize.method == "none":
         return
-    inner = {quantize.bits} if quantize.plan == "uniform" else {width for width in quantize.widths if width <= 8}
-    if len(inner | ({quantize.embeddings} if quantize.embeddings else set())) == 1:
+    if len(_widths(quantize) | ({quantize.embeddings} if quantize.embeddings else set())) == 1:
         return
     if quantize.embeddings not in (None, 8):
         yield Problem(
@@ -158,6 +157,16 @@ def grids_load_together(quantize: Quantize, layers: dict[str, list[int]]) -> Ite
             f"{PARAMS}: quantize.symmetric",
             "transformers does not load asymmetric rows of several widths",
             "valid: true; or quantize.group_size a number",
+        )
+
+
+def scales_can_learn(quantize: Quantize, layers: dict[str, list[int]]) -> Iterator[Problem]:
+    """Something is rounded where scales are to be tuned."""
+    if quantize.tune.steps and (quantize.method == "none" or not _widths(quantize)):
+        yield Problem(
+            f"{PARAMS}: quantize.tune.steps",
+            f"{quantize.tune.steps} steps are to tune scales, but no layer is rounded",
+            "valid: 0; or a quantize.method, and a width below 16",
         )
 
 
@@ -193,6 +202,11 @@ def formats_suit_model(
             yield problem
 
 
+def _widths(quantize: Quantize) -> set[int]:
+    """Bits that layers in the blocks may be rounded to."""
+    return {quantize.bits} if quantize.plan == "uniform" else {width for width in quantize.widths if width <= 8}
+
+
 RULES: list[Rule] = [
     sensitivity_can_be_measured,
     grid_is_passed_on,
@@ -202,5 +216,6 @@ RULES: list[Rule] = [
     plan_has_scores,
     plan_keeps_budget,
     grids_load_together,
+    scales_can_learn,
     formats_suit_model,
 ]

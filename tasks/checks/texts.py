@@ -62,6 +62,12 @@ def text_suffices(
             corpora.calibration,
             quantize.sequences * quantize.length if quantize.method == "gptq" else 0,
         ),
+        (
+            "quantize.tune.length",
+            "training",
+            corpora.training,
+            (quantize.tune.held_out + 1) * quantize.tune.length if quantize.tunes else 0,
+        ),
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
         ("unlearn.length", "training", corpora.training, (unlearn.held_out + 1) * unlearn.length),
     ]

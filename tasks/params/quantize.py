@@ -2,12 +2,29 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tasks.params.base import Section
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 Width = Bits | Literal[16]
+
+
+class Tune(BaseModel):
+    """How the scales of the grid learn once codes are chosen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    steps: NonNegativeInt
+    sequences: PositiveInt
+    length: Annotated[int, Field(ge=2)]
+    distillation: Annotated[float, Field(ge=0, le=1)]
+    learning_rate: PositiveFloat
+    warmup: Annotated[float, Field(ge=0, le=1)]
+    clip: PositiveFloat
+    held_out: NonNegativeInt
+    check_every: PositiveInt
+    seed: NonNegativeInt
 
 
 class Quantize(Section):
@@ -29,6 +46,7 @@ class Quantize(Section):
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     average_bits: PositiveFloat
     perplexity_ceiling: Annotated[float, Field(gt=1)]
+    tune: Tune
 
     @model_validator(mode="after")
     def _widths_are_sound(self) -> Self:
@@ -42,3 +60,8 @@ class Quantize(Section):
     def ranks(self) -> bool:
         """Whether the sensitivity table is looked at."""
         return self.method != "none" and self.plan != "uniform"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether scales learn."""
+        return self.method != "none" and self.tune.steps > 0

@@ -79,7 +79,7 @@ def mended(tmp_path_factory: pytest.TempPathFactory, imported: Make, text: Tenso
 
 def start(source: Checkpoint, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, nn.Parameter], Merge]:
     tensors, keep = read_whole(source, "load")
-    model = load_whole(source.folder, {name: tensor.to(dtype) for name, tensor in tensors.items()}, CPU)
+    model = load_whole(source.folder, tensors, CPU, dtype)
     return model, *lora.attach(model, keep, OPTIONS | options)
 
 

@@ -235,7 +235,7 @@ def test_only_lora_prune_jumps_at_the_merge(opt: Checkpoint, tmp_path: Path, tex
 def test_ranks_of_scale_lora_stay_equal_from_the_papers_start_only(opt: Checkpoint) -> None:
     text = tiny.encode(tiny.sentences(1, 40))
     for start, ranks in (("paper", 1), ("broken", OPTIONS["rank"])):
-        model = load_whole(opt.folder, all_tensors(opt), CPU)
+        model = load_whole(opt.folder, all_tensors(opt), CPU, torch.float32)
         parameters, _ = scale_lora.attach(model, all_masks(opt), OPTIONS | {"start": start})
         optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
         for _ in range(3):

@@ -117,6 +117,31 @@ def test_plan_of_bits_that_cannot_be_made_is_told(
         assert part in found
 
 
+@pytest.mark.parametrize(
+    ("settings", "tune", "told"),
+    [
+        (
+            {"method": "none"},
+            {"steps": 5},
+            ["quantize.tune.steps: 5 steps are to tune scales, but no layer is rounded"],
+        ),
+        ({"widths": [16], "shares": [1.0]}, {"steps": 5}, ["quantize.tune.steps", "a width below 16"]),
+        ({}, {"steps": 5, "held_out": 200}, ["quantize.tune.length", "102,912 tokens", "corpora.training"]),
+        ({}, {"stepz": 5}, ["unknown key `quantize.tune.stepz`; did you mean `steps`?"]),
+        ({}, {"distillation": 1.5}, ["quantize.tune.distillation", "less than or equal to 1"]),
+    ],
+)
+def test_tuning_that_cannot_be_done_is_told(
+    document: dict[str, Any], settings: dict[str, Any], tune: dict[str, Any], told: list[str]
+) -> None:
+    document["unlearn"]["method"] = "none"
+    document["quantize"] |= settings
+    document["quantize"]["tune"] |= tune
+    (fault,) = faults(document, WIDTHS)
+    for part in told:
+        assert part in fault
+
+
 def test_pattern_that_does_not_divide_names_the_layer(document: dict[str, Any]) -> None:
     document["prune"] |= {"pattern": "5:10", "sparsity": 0.5}
     (fault,) = faults(document, WIDTHS)

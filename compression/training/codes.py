@@ -15,7 +15,7 @@ from compression.core.checkpoint import Checkpoint
 from compression.quantization.packed import pack, unpack
 from compression.quantization.scheme import anatomy, from_manifest, layouts
 from compression.training.masked_linear import at_start, attach
-from compression.unlearning.trained import Trained, targeted
+from compression.training.trained import Trained, targeted
 
 
 def freed(
@@ -25,7 +25,7 @@ def freed(
     keep: Mapping[str, Tensor],
     options: Mapping[str, Any],
 ) -> Trained:
-    """See compression.unlearning; of the options it reads targets, rank, alpha and seed.
+    """See compression.unlearning.TRAINED; of the options it reads targets, rank, alpha and seed.
 
     What is rewritten is proven against the mask. `changed_codes` is the share of all layers' weights that have left
     their code, or have moved where there is none.
@@ -34,7 +34,7 @@ def freed(
     grids = {layer: unpack(layer, stored, schemes[layer].bits)[1] for layer in source.layers if layer in schemes}
     device = next(model.parameters()).device
     every = {layer: keep.get(layer, torch.ones(*shape, dtype=torch.bool)) for layer, shape in source.layers.items()}
-    chosen = targeted(every, options["targets"])
+    chosen = targeted(every, options["targets"], "unlearn.targets")
     on_device = {layer: grid.to(device) for layer, grid in grids.items()}
     layers = attach(model, chosen, options["rank"], options["alpha"], options["seed"], on_device)
     stays = layouts(schemes, anatomy(source.folder)) if schemes else {}

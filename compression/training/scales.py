@@ -18,7 +18,7 @@ from compression.quantization.packed import pack, unpack
 from compression.quantization.scheme import anatomy, from_manifest, layouts
 from compression.training.masked_linear import at_start
 from compression.training.scaled_linear import attach
-from compression.unlearning.trained import Trained, targeted
+from compression.training.trained import Trained, targeted
 
 
 def freed(
@@ -28,7 +28,7 @@ def freed(
     keep: Mapping[str, Tensor],
     options: Mapping[str, Any],
 ) -> Trained:
-    """See compression.unlearning; of the options it reads targets, which say whose scales learn.
+    """See compression.unlearning.TRAINED; of the options it reads targets, which say whose scales learn.
 
     `changed_scales` is the share of all layers' scales that have moved.
 
@@ -38,9 +38,9 @@ def freed(
     schemes = from_manifest(source.manifest)
     parts = {layer: unpack(layer, stored, schemes[layer].bits) for layer in source.layers if layer in schemes}
     if not parts:
-        raise Problem("params.yaml: unlearn.train", "`scales`, but no layer is quantised and has any", "valid: codes")
+        raise Problem(str(source.folder), "no layer is quantised, so there are no scales to train", "valid: codes")
     device = next(model.parameters()).device
-    chosen = targeted(parts, options["targets"])
+    chosen = targeted(parts, options["targets"], "unlearn.targets")
     codes = {layer: own for layer, (own, _) in chosen.items()}
     layers = attach(model, codes, {layer: grid.to(device) for layer, (_, grid) in chosen.items()})
     vectors = {name: own for name, own in model.named_parameters() if own.ndim == 1}

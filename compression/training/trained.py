@@ -1,6 +1,6 @@
 """What of a model is trained, and how it gets back into the file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar
@@ -26,8 +26,12 @@ class Trained(NamedTuple):
     rewritten: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, float]]]
 
 
-def targeted(every: dict[str, T], patterns: list[str]) -> dict[str, T]:
+def targeted(every: Mapping[str, T], patterns: list[str], key: str) -> dict[str, T]:
     """What belongs to the layers that one of the patterns matches; all of it if there is no pattern.
+
+    Args:
+        every: by layer.
+        key: of params.yaml, where the patterns are.
 
     Raises:
         Problem: a pattern that matches no layer.
@@ -35,7 +39,7 @@ def targeted(every: dict[str, T], patterns: list[str]) -> dict[str, T]:
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in every):
             raise Problem(
-                "params.yaml: unlearn.targets",
+                f"params.yaml: {key}",
                 f"`{pattern}` matches no layer",
                 "valid: patterns of names such as " + ", ".join(list(every)[:7]),
             )
