@@ -46,6 +46,7 @@ def main() -> None:
             params.group_size,
             tried,
             params.curvature,
+            params.noise,
         )
         columns = method.measure(skeleton, ids, Journal(stage.work / "journal"), settings)
 

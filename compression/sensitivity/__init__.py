@@ -12,6 +12,7 @@ METHODS = {
     "pmpq": "compression.sensitivity.pmpq",
     "cmpq": "compression.sensitivity.cmpq",
     "tdmpq": "compression.sensitivity.tdmpq",
+    "noise": "compression.sensitivity.noise",
     "measured": "compression.sensitivity.measured",
 }
 """Method `none`: nothing is scored; the table has outlier ratios only."""

@@ -21,6 +21,7 @@ class Settings:
         group_size: inputs that share a scale.
         tried: the layers' weights at each width; None: they are rounded to nearest on the spot.
         curvature: how the loss bends, in TDMPQ: `diagonal` or `outputs`.
+        noise: standard deviation of what is added to weights.
     """
 
     per: str = "block"
@@ -31,3 +32,4 @@ class Settings:
     group_size: int = 64
     tried: Tried | None = None
     curvature: str = "diagonal"
+    noise: float = 1.0

@@ -8,7 +8,7 @@ g is the mean gradient of the loss in nats a token, F the diagonal of the Fisher
 Hessian: the mean over sequences of the squared gradient of a sequence's summed loss, divided by its tokens. (With
 the mean loss instead, whose gradient shrinks as sequences grow, the second term would be too small by their length.)
 The first term keeps its sign: of a hundred layers' terms most cancel, and their absolute values would drown the second.
-The paper's code has no derivative: it adds unit noise to one tensor and takes the loss, so nothing of it is kept.
+The paper's code has no derivative: it adds unit noise to one tensor and takes the loss, see noise.py.
 
 The diagonal takes the errors of a row's weights for independent. GPTQ's are not: they are made so that they cancel in
 the layer's output. So the other form takes that output's error dW x_t at each token and d_t, the gradient of a

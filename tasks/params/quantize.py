@@ -41,7 +41,7 @@ class Quantize(Section):
     embeddings: Bits | None
     plan: Literal["uniform", "percentile", "kmeans", "budget", "ceiling"]
     bits: Bits
-    by: Literal["pmpq", "cmpq", "tdmpq", "measured", "outlier_ratio"]
+    by: Literal["pmpq", "cmpq", "tdmpq", "noise", "measured", "outlier_ratio"]
     widths: Annotated[list[Width], Field(min_length=1)]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     average_bits: PositiveFloat

@@ -16,7 +16,7 @@ def _distinct(widths: list[int]) -> list[int]:
 class Sensitivity(Section):
     section: ClassVar[str] = "sensitivity"
 
-    method: Literal["pmpq", "cmpq", "tdmpq", "measured", "none"]
+    method: Literal["pmpq", "cmpq", "tdmpq", "noise", "measured", "none"]
     per: Literal["block", "group", "layer"]
     sparsity: Annotated[float, Field(gt=0, lt=1)]
     similarity: Literal["cca", "svcca", "pwcca", "cka"]
@@ -26,6 +26,7 @@ class Sensitivity(Section):
     rounding: Literal["nearest", "gptq"]
     around: Annotated[int, Field(ge=2, le=8)] | None
     curvature: Literal["diagonal", "outputs"]
+    noise: PositiveFloat
     sequences: PositiveInt
     length: Annotated[int, Field(ge=2)]
     outlier_threshold: PositiveFloat

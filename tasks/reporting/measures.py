@@ -19,5 +19,6 @@ MEASURES = {
         "loss increase, nats",
         "Expected loss increase: what rounding alone adds at the fewest bits, by Taylor's formula (TDMPQ)",
     ),
+    "noise": Measure("loss increase, nats", "Loss increase: what noise on this block's first layer alone adds"),
     "measured": Measure("loss increase, nats", "Loss increase: what rounding alone adds at the fewest bits, measured"),
 }

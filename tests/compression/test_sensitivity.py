@@ -1,5 +1,6 @@
 """Measures in one walk are those of whole models; outliers are counted right; calibration sees every input."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ from compression.core.checkpoint import Checkpoint
 from compression.core.errors import Problem
 from compression.core.journal import Journal
 from compression.core.skeleton import Skeleton
-from compression.sensitivity import branches, measured, pmpq, tdmpq
+from compression.sensitivity import branches, measured, noise, pmpq, tdmpq
 from compression.sensitivity.outliers import outlier_ratio
 from compression.sensitivity.settings import Columns, Settings
 from compression.statistics import ENTRIES, InputNorms
@@ -53,6 +54,19 @@ def test_pmpq_equals_one_model_a_part(
     assert columns["pmpq"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert max(expected.values()) > 0.01  # far above the tolerance
     assert len(set(expected.values())) == (3 if settings.per == "block" else len(expected))
+
+
+@PER
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_noise_equals_one_model_a_part(
+    family: str, settings: Settings, imported: Make, tmp_path: Path, ids: Tensor
+) -> None:
+    columns = measure(noise, imported(family), tmp_path, ids, replace(settings, noise=0.5))
+    model, path = whole_model(imported(family)), make_skeleton(imported(family)).path
+    assert list(columns) == ["noise"]
+    expected = reference.noise(model, path, ids, 0.5, noise.DRAWS, settings.per)
+    assert columns["noise"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert max(expected.values()) > 0.01
 
 
 @PER

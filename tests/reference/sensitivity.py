@@ -1,6 +1,7 @@
 """The measures the obvious way: one whole model a part, whole-model gradients, similarities by their definitions."""
 
 import copy
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -42,6 +43,21 @@ def pmpq(model: nn.Module, blocks: str, ids: Tensor, sparsity: float, causal: bo
             tensor.copy_(torch.tensor(entries).view(tensor.shape))
 
     return _one_by_one(model, blocks, ids, causal, per, prune)
+
+
+def noise(model: nn.Module, blocks: str, ids: Tensor, deviation: float, draws: int, per: str) -> dict[str, float]:
+    """The same of Gaussian noise on a part's first tensor, the mean over some draws."""
+    means: dict[str, float] = {}
+    for draw in range(draws):
+
+        def disturb(changed: nn.Module, part: str, _: list[str], draw: int = draw) -> None:
+            first = next(iter(changed.get_submodule(part.split()[0]).parameters()))
+            generator = torch.Generator().manual_seed(zlib.crc32(part.encode()) + draw)
+            first += deviation * torch.randn(first.shape, generator=generator)
+
+        for layer, score in _one_by_one(model, blocks, ids, True, per, disturb).items():
+            means[layer] = means.get(layer, 0.0) + score / draws
+    return means
 
 
 def measured(
