@@ -6,10 +6,10 @@
     python -m benchmarks.quantize --claim --by tdmpq pmpq cmpq measured
 
 An arm is ours/quantiser and settings, each behind a +: `clip`, `activation` (order of the columns), `asymmetric`,
-or key=value of section `quantize`; groups of 64 and 4 bits where nothing else is said. Each runs in a process of its
-own, on one thread: CPU time is that of quantising alone, with reading and writing the model and without the start of
-Python. The packed model that it writes is what is judged and weighed, all its safetensors, scales and embedding with
-them; wiki, `--windows` windows of 1024 tokens, in bfloat16. Needs data/model and data/corpora (`dvc repro corpus`).
+or key=value of section `quantize` (`tune.steps=40`, too); groups of 64 and 4 bits where nothing else is said. Each runs
+in a process of its own, on one thread: CPU time is that of quantising alone, with reading and writing the model and
+without the start of Python. The packed model that it writes is what is judged and weighed, all its safetensors, scales
+and embedding with them; wiki, `--windows` windows of 1024 tokens. Needs data/model and data/corpora (`dvc repro corpus`).
 
 `--plans B` measures, for each measure of `--by`, the plan of least cost at B bits on average, and beside it as large
 plans: head and tail, five by lot, and uniform if B is a width. `--claim` asks each measure whether the first and the
@@ -53,7 +53,9 @@ def settings_of(arm: str) -> dict[str, Any]:
     section: dict[str, Any] = load()["quantize"] | PLAIN | {"method": method}
     for word in words:
         key, _, value = word.partition("=")
-        section |= FLAGS[word] if word in FLAGS else {key: YAML(typ="safe", pure=True).load(value)}
+        name, _, inner = key.partition(".")  # tune.steps=40
+        said = YAML(typ="safe", pure=True).load(value)
+        section |= FLAGS[word] if word in FLAGS else {name: section[name] | {inner: said} if inner else said}
     return section
 
 
@@ -75,14 +77,17 @@ def ours(section: dict[str, Any], source: Path, sequences: int, folder: Path, ru
     from tasks.params.base import read
     from tasks.params.quantize import Quantize
     from tasks.plan import bits_by_layer
-    from tasks.quantize import all_schemes
+    from tasks.quantize import all_schemes, tuned
 
-    params, checkpoint, device = read(Quantize, {"quantize": section}), Checkpoint(source), torch.device("cpu")
+    params, checkpoint = read(Quantize, {"quantize": section}), Checkpoint(source)
+    device = torch.device("cpu")
+    dtype = pick_dtype("auto", device)
     table = pd.read_csv(SCRATCH / f"{params.by}.csv") if params.ranks and rule is None else None
     bits = bits_by_layer(params, table, checkpoint.layers) if rule is None else plain_rule(rule, params, checkpoint)
     model, ids = anatomy(source), read_sequences("calibration", sequences, LENGTH, "--sequences")
     schemes = all_schemes(params, bits, model.embedding)
-    writer, entry = CheckpointWriter(folder, source), config_entry(schemes, model)
+    rounded = folder.with_name("rounded") if params.tunes else folder
+    writer, entry = CheckpointWriter(rounded, source), config_entry(schemes, model)
     quantize_model(
         checkpoint,
         writer,
@@ -93,11 +98,17 @@ def ours(section: dict[str, Any], source: Path, sequences: int, folder: Path, ru
         Settings(params.group_size, params.symmetric, params.clip, params.order, params.damping),
         ids,
         device,
-        pick_dtype("auto", device),
+        dtype,
     )
     config = checkpoint.config() | {"quantization_config": entry}
-    writer.finish(checkpoint.depth, lineage(checkpoint) | {"quantization": to_manifest(schemes)}, config)
-    return {"average_bits": average_bits(bits, checkpoint.layers)}
+    record = lineage(checkpoint) | {"quantization": to_manifest(schemes)}
+    writer.finish(checkpoint.depth, record, config)
+    found: dict[str, Any] = {"average_bits": average_bits(bits, checkpoint.layers)}
+    if params.tunes:
+        dense, journal = Checkpoint(DATA / "model"), Journal(folder.with_name("tuning"))
+        training = tuned(Checkpoint(rounded), dense, folder, params.tune, journal, device, dtype, record)
+        found |= {"held_out": training["held_out"], "trainable_share": training["trainable_share"]}
+    return found
 
 
 def plain_rule(rule: str, params: Any, checkpoint: Any) -> dict[str, int]:

@@ -19,7 +19,7 @@ from compression.training.loop import Recipe
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
-from tasks.core.stage import Stage, open_stage
+from tasks.core.stage import open_stage
 from tasks.core.text import corpus_file, read_sequences
 from tasks.params.base import read
 from tasks.params.quantize import Quantize, Tune
@@ -65,25 +65,40 @@ def main() -> None:
     record = lineage(source) | stage.record(params) | {"quantization": quantization, "rounding": ledger}
     writer.finish(source.depth, record, source.config() | {"quantization_config": entry})
     if params.tunes:
-        tuned(Checkpoint(rounded), folder, params.tune, stage, record)
+        dense, journal = Checkpoint(DENSE), Journal(stage.work / "tuning")
+        tuned(Checkpoint(rounded), dense, folder, params.tune, journal, stage.device, stage.dtype, record)
     stage.publish(folder)
 
 
-def tuned(source: Checkpoint, folder: Path, params: Tune, stage: Stage, record: dict[str, Any]) -> None:
-    """Writes the rounded checkpoint to `folder` with scales that have learned; `record` is its manifest."""
+def tuned(
+    source: Checkpoint,
+    dense: Checkpoint,
+    folder: Path,
+    params: Tune,
+    journal: Journal,
+    device: torch.device,
+    dtype: torch.dtype,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the rounded checkpoint `source` to `folder` with scales that have learned.
+
+    Args:
+        record: what its manifest says beside what this adds under `training`, which is returned.
+    """
     writer = CheckpointWriter(folder, source.folder)
     training = tune_model(
         source,
-        Checkpoint(DENSE),
+        dense,
         writer,
-        Journal(stage.work / "tuning"),
+        journal,
         Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
         read_sequences("training", None, params.length, "params.yaml: quantize.tune.length"),
         **params.model_dump(include={"sequences", "distillation", "held_out", "check_every", "seed"}),
-        device=stage.device,
-        dtype=stage.dtype,
+        device=device,
+        dtype=dtype,
     )
     writer.finish(source.depth, record | {"training": training}, source.config())
+    return training
 
 
 def all_schemes(params: Quantize, bits: dict[str, int], embedding: str) -> dict[str, Scheme]:
