@@ -9,7 +9,8 @@ An arm is ours/quantiser and settings, each behind a +: `clip`, `activation` (or
 or key=value of section `quantize` (`tune.steps=40`, too); groups of 64 and 4 bits where nothing else is said. Each runs
 in a process of its own, on one thread: CPU time is that of quantising alone, with reading and writing the model and
 without the start of Python. The packed model that it writes is what is judged and weighed, all its safetensors, scales
-and embedding with them; wiki, `--windows` windows of 1024 tokens. Needs data/model and data/corpora (`dvc repro corpus`).
+and embedding with them; wiki, `--windows` windows of 1024 tokens. Needs data/model and data/corpora (`dvc repro
+corpus`).
 
 `--plans B` measures, for each measure of `--by`, the plan of least cost at B bits on average, and beside it as large
 plans: head and tail, five by lot, and uniform if B is a width. `--claim` asks each measure whether the first and the
