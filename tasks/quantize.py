@@ -9,6 +9,7 @@ import torch
 
 from compression.core.checkpoint import Checkpoint, CheckpointWriter
 from compression.core.journal import Journal
+from compression.core.skeleton import empty_model
 from compression.export.vllm import vllm_faults
 from compression.quantization import METHODS
 from compression.quantization.method import Settings
@@ -16,6 +17,7 @@ from compression.quantization.run import quantize_model
 from compression.quantization.scheme import Scheme, anatomy, config_entry, to_manifest
 from compression.quantization.tune import tune_model
 from compression.training.loop import Recipe
+from compression.training.whole import check_causal
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
@@ -47,6 +49,8 @@ def main() -> None:
     model = anatomy(source.folder)
     schemes = all_schemes(params, bits, model.embedding)
     entry = config_entry(schemes, model)  # first of all, since it refuses what would not load
+    if params.tunes:
+        check_causal(empty_model(source.folder))
     rounded = stage.work / "rounded" if params.tunes else folder
     writer = CheckpointWriter(rounded, source.folder)
     ledger = quantize_model(

@@ -21,12 +21,21 @@ def load_whole(folder: Path, tensors: Mapping[str, Tensor], device: torch.device
         Problem: the model does not predict the next token, which is what training is about.
     """
     model = empty_model(folder)
-    if not model.can_generate():  # type: ignore[operator]
-        raise Problem(type(model).__name__, "an encoder cannot be trained on next-token loss", "valid: method none")
+    check_causal(model)
     placed = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
     model.load_state_dict(placed, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.to(device).requires_grad_(False)
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuses what has no next token to be trained on.
+
+    Raises:
+        Problem: see there.
+    """
+    if not model.can_generate():  # type: ignore[operator]
+        raise Problem(type(model).__name__, "an encoder cannot be trained on next-token loss", "valid: no training")
 
 
 def recompute_blocks(model: nn.Module) -> None:

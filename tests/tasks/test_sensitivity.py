@@ -54,6 +54,7 @@ def run(**changes: Any) -> pd.DataFrame:
         ("pmpq", ["pmpq"]),
         ("cmpq", ["cmpq"]),
         ("tdmpq", ["tdmpq", *COSTS]),
+        ("noise", ["noise"]),
         ("measured", ["measured", *COSTS]),
     ],
 )
