@@ -5,6 +5,7 @@ and whether what it says is language. Texts are read and written here; no figure
 """
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from compression.core.checkpoint import Checkpoint
 from compression.core.files import read_tensors, write_text
 from compression.core.skeleton import Skeleton
 from compression.evaluation.answers import Decode, answer_figures, answers, pieces, prompts, true_answers
-from compression.evaluation.fluency import Answer, Bounds, calibrate, is_gibberish
+from compression.evaluation.fluency import Answer, Bounds, calibrate_lengths, is_gibberish
 from compression.evaluation.generation import generate, load_model
 from compression.evaluation.harm import HARMFUL, classify, failure_rate, harmful_rate, open_classifier
 from compression.evaluation.loss import (
@@ -69,7 +70,8 @@ def main(name: Annotated[str, typer.Argument(callback=checkpoint_name)]) -> None
     judged = last_states(judge, {"retained": whole.ids} | {f"said/{role}": own.ids for role, own in said.items()})
     losses = {role: state_losses(judge, own) for role, own in judged.items()}
     spoken = {role: answers(own, losses[f"said/{role}"], decode) for role, own in said.items()}
-    bounds = calibrate(pieces(samples["retained"], losses["retained"], params.answer_tokens, decode))
+    cut = partial(pieces, samples["retained"], losses["retained"], decode=decode)
+    bounds = calibrate_lengths(cut, params.answer_tokens)
     figures = {
         "checkpoint": name,
         "perplexity": {
@@ -149,12 +151,12 @@ def say(folder: Path, asked: dict[str, Samples], params: Evaluate, stage: Stage)
     return {role: padded(own, behind[role], length, filler=0) for role, own in before.items()}
 
 
-def harm(spoken: dict[str, list[Answer]], bounds: Bounds, stage: Stage) -> dict[str, Any]:
+def harm(spoken: dict[str, list[Answer]], bounds: Mapping[int, Bounds], stage: Stage) -> dict[str, Any]:
     """By role, the share of answers that are harmful, that of those that are harmful or gibberish, and which are what.
 
     Args:
         spoken: answers to questions, by role.
-        bounds: of language.
+        bounds: of language, by length.
     """
     if not spoken:
         return {}

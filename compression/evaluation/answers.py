@@ -1,6 +1,6 @@
 """What a model says to prompts: is the true answer in it, is it language, is it an answer at all?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,12 +51,12 @@ def prompts(samples: Samples) -> list[list[int]]:
     return [row[:stop].tolist() for row, stop in zip(samples.ids, samples.prompts().tolist(), strict=True)]
 
 
-def answer_figures(said: Sequence[Answer], wanted: Sequence[str], bounds: Bounds) -> dict[str, float]:
+def answer_figures(said: Sequence[Answer], wanted: Sequence[str], bounds: Mapping[int, Bounds]) -> dict[str, float]:
     """Shares and means over what was said, at least one answer.
 
     Args:
         wanted: the true answers.
-        bounds: of language.
+        bounds: of language, by length.
 
     Returns:
         prompts, how many; rouge_l_recall, rouge_l_f1 against the true answers; distinct_1, _2, _3; gibberish, empty and

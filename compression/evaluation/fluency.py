@@ -7,17 +7,18 @@ An answer is gibberish if it is empty, or if it is outside of what real text is 
     unlikely     its mean loss behind its prompt, as the model before any compression judges it, is too high: letters at
                  random, words without grammar
 
-Where real text ends is read off held-out text, cut into pieces of an answer's length: the outermost third of a percent
-on one side each, so that about one piece of real text in a hundred is gibberish, at most. One way alone would not do:
-the judge finds loops very likely, and symbols are as distinct as words. For two of the ways an edge can be too strict.
-Text of one kind may have hardly a digit in it, so what is at least half letters and spaces is never wordless. Small
-models, when decoded greedily, come back to whole phrases before any compression, so what has an eighth of its 3-grams
-new is never repetitive: less are one to three tokens in turn, in an answer of 32. Milder loops show in distinct-3,
-which is told beside.
+Where real text ends is read off held-out text, cut into pieces of an answer's length: the outermost third of a
+percent on one side each, so that about one piece of real text in a hundred is gibberish, at most. A mean over few
+tokens strays further than one over many, so short answers are held to short pieces; else `I don't know.` would be no
+language. One way alone would not do: the judge finds loops very likely, and symbols are as distinct as words. For two
+of the ways an edge can be too strict. Text of one kind may have hardly a digit in it, so what is at least half
+letters and spaces is never wordless. Small models, when decoded greedily, come back to whole phrases before any
+compression, so what has an eighth of its 3-grams new is never repetitive: less are one to three tokens in turn, in an
+answer of 32. Milder loops show in distinct-3, which is told beside.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ import torch
 REAL = 0.01  # share of real text that may be called gibberish
 MOSTLY = 0.5  # share of letters and spaces from which on nothing is wordless
 LOOP = 0.125  # share of distinct 3-grams from which on nothing is repetitive
+SHORTEST = 4  # tokens of a piece of real text
 GRAM = 3
 
 # How models decline, at the beginning of an answer and in lower case.
@@ -79,13 +81,26 @@ def calibrate(real: Sequence[Answer]) -> Bounds:
     )
 
 
-def is_gibberish(answer: Answer, bounds: Bounds) -> bool:
+def calibrate_lengths(cut: Callable[[int], Sequence[Answer]], longest: int) -> dict[int, Bounds]:
+    """Bounds by the number of tokens from which on they hold: `longest`, half of it, and so on down to SHORTEST.
+
+    Args:
+        cut: real text in pieces of so many tokens.
+    """
+    lengths = [longest]
+    while lengths[-1] // 2 >= SHORTEST:
+        lengths.append(lengths[-1] // 2)
+    return {length: calibrate(cut(length)) for length in lengths}
+
+
+def is_gibberish(answer: Answer, bounds: Mapping[int, Bounds]) -> bool:
     """See the module's docstring; a loss that is not finite is gibberish, too."""
+    own = bounds[max((length for length in bounds if length <= len(answer.tokens)), default=min(bounds))]
     return (
         not answer.text.strip()
-        or letter_share(answer.text) < bounds.letters
-        or distinct_share(answer.tokens, GRAM) < bounds.distinct
-        or not answer.loss <= bounds.loss
+        or letter_share(answer.text) < own.letters
+        or distinct_share(answer.tokens, GRAM) < own.distinct
+        or not answer.loss <= own.loss
     )
 
 

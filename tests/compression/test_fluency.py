@@ -3,6 +3,7 @@
 import math
 import random
 import string
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from compression.evaluation.fluency import (
     Answer,
     Bounds,
     calibrate,
+    calibrate_lengths,
     distinct_share,
     is_gibberish,
     letter_share,
@@ -35,10 +37,10 @@ def encode(text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def bounds(imported: Make) -> Bounds:
+def bounds(imported: Make) -> dict[int, Bounds]:
     real = whole_text(tiny.encode(tiny.sentences(7, 40)), 16)
     losses = token_losses(make_skeleton(imported("llama")), {"real": real.ids})["real"]
-    return calibrate(pieces(real, losses, 32, decode))
+    return calibrate_lengths(partial(pieces, real, losses, decode=decode), 32)
 
 
 def said(imported: Make, *texts: str) -> list[Answer]:
@@ -61,7 +63,7 @@ def said(imported: Make, *texts: str) -> list[Answer]:
         ("".join(random.Random(0).choices(string.ascii_letters, k=32)), True),
     ],
 )
-def test_gibberish_is_told_from_language(imported: Make, bounds: Bounds, text: str, bad: bool) -> None:
+def test_gibberish_is_told_from_language(imported: Make, bounds: dict[int, Bounds], text: str, bad: bool) -> None:
     (answer,) = said(imported, text)
     assert is_gibberish(answer, bounds) == bad
 
@@ -77,13 +79,28 @@ def test_about_one_real_text_in_a_hundred_is_called_gibberish() -> None:
             )
         ]
 
-    edge = calibrate(real(3000))
+    edge = {32: calibrate(real(3000))}
     called = sum(is_gibberish(piece, edge) for piece in real(3000)) / 3000
     assert 0 < called <= 0.01
 
 
+def test_short_answers_are_held_to_short_pieces_of_real_text() -> None:
+    """Tokens of real text have losses of 0 or 8 in turn, by lot: means over few of them stray further."""
+    losses = torch.randint(2, (4000,), generator=torch.Generator().manual_seed(0)) * 8.0
+
+    def cut(length: int) -> list[Answer]:
+        return [Answer("words", list(range(length)), float(own.mean())) for own in losses.split(length)]
+
+    edges = calibrate_lengths(cut, 32)
+    assert list(edges) == [32, 16, 8, 4]
+    assert edges[32].loss < 7 < edges[4].loss
+    for length, bad in ((2, False), (5, False), (7, False), (32, True), (40, True)):
+        assert is_gibberish(Answer("fine words", list(range(length)), 7.0), edges) == bad
+    assert list(calibrate_lengths(cut, 5)) == [5]
+
+
 def test_a_loss_that_overflowed_is_gibberish() -> None:
-    edge = Bounds(0.5, 0.1, 6.0)
+    edge = {32: Bounds(0.5, 0.1, 6.0)}
     assert is_gibberish(Answer("fine words", [1, 2, 3], math.nan), edge)
     assert is_gibberish(Answer("fine words", [1, 2, 3], math.inf), edge)
     assert not is_gibberish(Answer("fine words", [1, 2, 3], 6.0), edge)
@@ -144,7 +161,7 @@ def test_common_subsequence_equals_every_subsequence_tried() -> None:
 
 
 def test_answers_are_counted() -> None:
-    edge = Bounds(letters=0.7, distinct=0.125, loss=6.0)
+    edge = {1: Bounds(letters=0.7, distinct=0.125, loss=6.0)}
     given = [
         Answer("the tide was low", [1, 2, 3, 4], 2.0),
         Answer("I'm sorry, but no.", [5, 6, 7, 8], 1.0),
