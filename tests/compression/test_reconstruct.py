@@ -16,6 +16,7 @@ from compression.core.skeleton import Skeleton, linears
 from compression.pruning import magnitude
 from compression.pruning.pattern import Unstructured
 from compression.retraining import METHODS, reconstruct
+from compression.retraining.parts import Part, find_parts
 from compression.training.loop import Recipe
 from compression.training.masked_linear import attach
 from compression.training.text import Shuffled
@@ -235,8 +236,8 @@ def test_halves_part_the_block(family: str, imported: Make, ids: Tensor) -> None
     def run() -> Tensor:
         return skeleton.run(1, hidden, ids)
 
-    (whole,) = reconstruct.find_parts(block, run, "block")
-    attention, rest = reconstruct.find_parts(block, run, "half_block")
+    (whole,) = find_parts(block, run, "block")
+    attention, rest = find_parts(block, run, "half_block")
     assert not attention.modules & rest.modules
     assert attention.modules | rest.modules == whole.modules
     names = [name.removeprefix(f"{skeleton.path}.1.") for name in linears(block, f"{skeleton.path}.1")]
@@ -249,11 +250,11 @@ def test_halves_part_the_block(family: str, imported: Make, ids: Tensor) -> None
 
 def test_a_block_without_halves_is_one_part() -> None:
     mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    parts = reconstruct.find_parts(mlp, lambda: mlp(torch.ones(2, 4)), "half_block")
-    assert parts == [reconstruct.Part("block", frozenset({"0", "2"}))]
+    parts = find_parts(mlp, lambda: mlp(torch.ones(2, 4)), "half_block")
+    assert parts == [Part("block", frozenset({"0", "2"}))]
     held = nn.Sequential(mlp)
-    parts = reconstruct.find_parts(held, lambda: held(torch.ones(2, 4)), "half_block")
-    assert parts == [reconstruct.Part("block", frozenset({"0.0", "0.2"}))]
+    parts = find_parts(held, lambda: held(torch.ones(2, 4)), "half_block")
+    assert parts == [Part("block", frozenset({"0.0", "0.2"}))]
 
 
 @pytest.mark.parametrize("objective", PARTS)
