@@ -24,6 +24,7 @@ from tasks.core.entry import run_stage
 from tasks.pairs import Row, encode_pairs, read_rows, read_utf8
 from tasks.params import base
 from tasks.params.corpora import Corpora, Pairs, Text, key
+from tasks.sources.cache import digest
 
 MODEL = Path("data/model")
 OUT = Path("data/corpora")
@@ -135,7 +136,7 @@ def fetch(text: Text | Pairs, role: str, tokenizer: Any) -> Whole:
     path = sources.fetch(text.source, text.sha256, where=where)
     if path.is_dir():
         raise Problem(where, f"{text.source} is a folder", "name one text file")
-    file = sources.digest(path)
+    file = digest(path)
     if isinstance(text, Pairs):
         return Whole(read_rows(path, text.format, key(role)), file, file)
     documents = read_utf8(path, where)

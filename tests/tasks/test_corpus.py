@@ -16,6 +16,7 @@ from tasks import corpus, sources
 from tasks.core.text import is_empty
 from tasks.params import base
 from tasks.params.corpora import Corpora
+from tasks.sources.cache import digest
 
 PROSE = "".join(f"Sentence {i} tells of the sea, of {i * 7 % 13} ships and of a long night.\n" for i in range(200))
 STORY = "".join(f"Once upon a time, {i} children – and a dog named Fränzi – went home.\n" for i in range(200))
@@ -109,11 +110,11 @@ def test_metadata_say_where_the_tokens_come_from() -> None:
         found = file.metadata()
     assert found == {
         "source": "file://prose.txt",
-        "sha256": sources.digest(Path("prose.txt")),
+        "sha256": digest(Path("prose.txt")),
         "format": "text",
         "from": "1500",
         "to": str(len(reference(PROSE))),  # null is written out
-        "documents": sources.digest(Path("prose.txt")),
+        "documents": digest(Path("prose.txt")),
     }
 
 
@@ -135,9 +136,9 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else() -> None:
 
 def test_a_failure_leaves_the_earlier_corpora_alone() -> None:
     build(roles())
-    before = sources.digest(corpus.OUT)
+    before = digest(corpus.OUT)
     refused(roles(control=text("story", 1000, 10**6)))
-    assert sources.digest(corpus.OUT) == before
+    assert digest(corpus.OUT) == before
 
 
 def test_a_text_of_several_roles_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:

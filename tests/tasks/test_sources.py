@@ -18,6 +18,8 @@ import pytest
 
 from compression.core.errors import Problem
 from tasks import sources
+from tasks.sources import wheel
+from tasks.sources.cache import CACHE
 
 WHERE = "params.yaml: model.source"
 MEMBERS = {"tinytexts/a.txt": b"once upon a time\n" * 1000, "tinytexts/more/b.txt": b"another text\n"}
@@ -65,7 +67,7 @@ def no_pip(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("asked the network")
 
-    return lambda: monkeypatch.setattr(sources.subprocess, "run", refuse)
+    return lambda: monkeypatch.setattr(wheel.subprocess, "run", refuse)
 
 
 def refused(source: str, sha256: str | None = None) -> str:
@@ -77,7 +79,7 @@ def refused(source: str, sha256: str | None = None) -> str:
 
 
 def half_done() -> list[Path]:
-    return [p for p in sources.CACHE.rglob("*") if p.name.startswith("part-") or p.name == "a.txt"]
+    return [p for p in CACHE.rglob("*") if p.name.startswith("part-") or p.name == "a.txt"]
 
 
 # --- wheels
@@ -115,8 +117,8 @@ def test_a_corrupted_file_in_the_cache_is_noticed(sha256: str | None) -> None:
 def test_a_corrupted_wheel_in_the_cache_is_noticed() -> None:
     path = sources.fetch(A, None, where=WHERE)
     path.unlink()
-    wheel = next(sources.CACHE.rglob("*.whl"))
-    wheel.write_bytes(wheel.read_bytes().replace(b"upon", b"open"))
+    fetched = next(CACHE.rglob("*.whl"))
+    fetched.write_bytes(fetched.read_bytes().replace(b"upon", b"open"))
     assert sources.fetch(A, None, where=WHERE).read_bytes() == MEMBERS["tinytexts/a.txt"]
 
 
@@ -131,9 +133,9 @@ def test_a_file_that_a_killed_run_left_is_not_taken_for_whole() -> None:
     path = sources.fetch(A, None, where=WHERE)
     path.with_name("a.txt.sha256").unlink()  # the seal is written last
     path.write_bytes(b"once up")
-    (sources.CACHE / "part-left").mkdir()
+    (CACHE / "part-left").mkdir()
     assert sources.fetch(A, None, where=WHERE).read_bytes() == MEMBERS["tinytexts/a.txt"]
-    assert not (sources.CACHE / "part-left").exists()
+    assert not (CACHE / "part-left").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "input/output error")])
@@ -143,7 +145,7 @@ def test_an_interrupted_copy_leaves_nothing(error: BaseException, monkeypatch: p
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_copy", half)
+        patch.setattr(wheel, "copy", half)
         with pytest.raises(type(error)):
             sources.fetch(A, SHA_A, where=WHERE)
     assert half_done() == []
@@ -154,7 +156,7 @@ def test_a_full_disk_names_the_file_and_the_bytes(monkeypatch: pytest.MonkeyPatc
     def full(*_: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources, "_copy", full)
+    monkeypatch.setattr(wheel, "copy", full)
     message = refused(A, SHA_A)
     assert "disk is full" in message
     assert f"{SHA_A}/a.txt needs 17,000 bytes" in message
@@ -163,7 +165,7 @@ def test_a_full_disk_names_the_file_and_the_bytes(monkeypatch: pytest.MonkeyPatc
 def test_a_disk_that_pip_fills_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "  Downloading big-1.0-py3-none-any.whl (92.9 MB)\nERROR: [Errno 28] No space left on device\n"
     done = subprocess.CompletedProcess([], 1, stdout=said, stderr="")
-    monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: done)
     assert "needs 92.9 MB" in refused("pypi://big@1.0/a.txt")
 
 
@@ -212,7 +214,7 @@ def test_an_index_that_refuses_is_not_taken_for_an_unknown_package(
 
 def test_a_missing_pip_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], 1, stdout="", stderr="/bin/python: No module named pip\n")
-    monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: done)
     assert "ensurepip" in refused(A)
 
 
@@ -422,7 +424,7 @@ def test_one_file_of_a_dataset(hub: type[FakeHub]) -> None:
     assert "expected sha256" in refused(source, "0" * 64)
     path = sources.fetch(source, sha(REPO["train.txt"]), where=WHERE)
     assert path.read_bytes() == REPO["train.txt"]
-    assert not list(sources.CACHE.glob("resume-*"))
+    assert not list(CACHE.glob("resume-*"))
     assert "nearest: train.txt" in refused(f"hf://datasets/org/name@{COMMIT}/trains.txt")
 
 
