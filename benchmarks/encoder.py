@@ -116,11 +116,11 @@ def models(scratch: Path) -> dict[str, Checkpoint]:
 
 def texts() -> Iterator[str]:
     """The four texts of params.yaml, without what marks their articles."""
-    corpora = load()["corpora"]
-    evaluation = corpora["evaluation"]
-    for entry in (corpora["calibration"], evaluation["wiki"], evaluation["technical"], corpora["forget"]):
-        text = sources.fetch(entry["source"], entry["sha256"], where="params.yaml: corpora").read_text(encoding="utf-8")
-        yield articles(text, "evaluation/wiki") if entry["format"] == "articles" else text.replace("<|endoftext|>", "")
+    where = "params.yaml: classifier.harmless"
+    for entry in load()["classifier"]["harmless"]:
+        text = sources.fetch(entry["source"], entry["sha256"], where=where).read_text(encoding="utf-8")
+        plain = entry["format"] == "text"
+        yield text.replace("<|endoftext|>", "") if plain else "\n\n".join(articles(text, where))
 
 
 def passages(folder: Path, tokens: int, train: int, test: int) -> tuple[Passages, Passages]:
