@@ -122,11 +122,12 @@ def _deeds(run: Run) -> list[str]:
     shape = _shape(pruned.manifest) + (" cut out" if cut(pruned, run["dense"]) else "")
     bits = listed([str(one) for one in sorted(set(run["quantized"].manifest.bits.values()))] or ["?"])
     share = percent(trained.trainable_share) if trained else ""
+    tuned = ", its scales tuned" if run["quantized"].manifest.training else ""
     deeds = {
         "taught": "taught a text by heart",
         "pruned": f"pruned by {{}} ({gone} of the weights in its linear layers{shape})",
         "retrained": f"retrained by {{}} ({share} of the parameters)",
-        "quantized": f"quantised to {bits} bits by {{}}",
+        "quantized": f"quantised to {bits} bits by {{}}{tuned}",
         "unlearned": "made to unlearn a text by {}",
     }
     methods = {name: run[name].manifest.method for name in deeds if name in run}

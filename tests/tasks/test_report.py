@@ -506,6 +506,17 @@ def test_searches_held_out_text_and_reconstruction_are_told(root: Path) -> None:
     assert told["error of a block"] == "4.00 % to 3.50 % on average; 1 of 2 left as they were"
 
 
+def test_tuned_scales_are_told(root: Path) -> None:
+    assert "scales tuned" not in (report(root) / "index.html").read_text()
+    training = {"stopped": "all steps taken", "losses": [0.3, 0.2], "held_out": [0.31, 0.22], "changed_scales": 0.9}
+    training |= {"trainable_parameters": 588_096, "trainable_share": 0.00437}
+    change(root, "data/quantized/manifest.json", training=training)
+    html = (report(root) / "index.html").read_text().replace("\u00a0", " ")
+    assert "quantised to 4 and 8 bits by rounding to nearest, its scales tuned" in " ".join(html.split())
+    assert '<th scope="row">held-out loss</th><td>0.310 to 0.220</td>' in html
+    assert '<th scope="row">scales changed</th><td>90.00 %</td>' in html
+
+
 def test_sensitive_blocks_are_told(root: Path) -> None:
     sentence = "the blocks that quantisation kept at 8 bits"
     assert sentence in (report(root) / "index.html").read_text()
