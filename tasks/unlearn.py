@@ -14,7 +14,7 @@ from compression.training.loop import Recipe
 from compression.training.samples import Samples
 from compression.unlearning import METHODS, TRAINED
 from compression.unlearning.run import unlearn_model
-from compression.unlearning.watch import judged
+from compression.unlearning.watch import compared, judged
 from tasks.core.entry import run_stage
 from tasks.core.passing import lineage, pass_through
 from tasks.core.paths import DATA
@@ -29,7 +29,7 @@ NEVER_TAUGHT = DATA / "model"
 def main() -> None:
     params = read(Unlearn)
     method = import_module(METHODS[params.method])
-    inputs = [DATA / "quantized", NEVER_TAUGHT, *map(corpus_file, ("forget", "neighbours", "training"))]
+    inputs = [DATA / "quantized", NEVER_TAUGHT, *map(corpus_file, ("forget", "control", "neighbours", "training"))]
     stage = open_stage("unlearn", DATA / "unlearned", inputs, params)
     source = Checkpoint(DATA / "quantized")
     folder = stage.work / "checkpoint"
@@ -42,6 +42,9 @@ def main() -> None:
     options = params.model_dump(exclude={"steps", "learning_rate", "warmup", "clip"})
     if params.forget_ceiling == "reference":
         options["forget_ceiling"] = never_taught_loss(judged(forget, params.held_out), stage)
+    control = None
+    if params.forget_ceiling == "control":
+        options["forget_ceiling"], control = None, compared(read_role("control", params), params.held_out)
     writer = CheckpointWriter(folder, source.folder)
     training = unlearn_model(
         source,
@@ -53,6 +56,7 @@ def main() -> None:
         Recipe(params.steps, params.learning_rate, params.warmup, params.clip),
         forget,
         retain,
+        control,
         refusals(params) if "refusals" in method.SETTINGS else [],
         params.sequences,
         stage.device,

@@ -18,6 +18,9 @@ class Samples(NamedTuple):
     ids: Tensor
     answer: Tensor
 
+    def to(self, device: torch.device) -> "Samples":
+        return Samples(self.ids.to(device), self.answer.to(device))
+
     def take(self, rows: Tensor) -> "Samples":
         """The rows of these numbers, int64 [n]."""
         return Samples(self.ids[rows], self.answer[rows])

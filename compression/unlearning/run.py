@@ -32,6 +32,7 @@ def unlearn_model(
     recipe: Recipe,
     forget: Samples,
     retain: Samples,
+    control: Samples | None,
     refusals: list[list[int]],
     sequences: int,
     device: torch.device,
@@ -50,13 +51,16 @@ def unlearn_model(
             retain_ceiling, kl_ceiling, each a number in nats a token or None; seconds that training may take, or None.
             With that one the written bytes depend on the machine, and a run that was killed starts counting anew.
         forget, retain: as many tokens a row as there may be, also different ones.
+        control: like `forget`, but never learned, and not trained on here: once the loss on it is reached, `forget`
+            counts as forgotten, whatever `forget_ceiling` is; None: that one counts.
         refusals: token ids, for the objective that prefers them.
         sequences: of each, a step.
 
     Returns:
         forget_losses, retain_losses and other terms of the objective by step; looks, a list by figure, the first
-        before training: step, forget, retain and kl, all losses in nats a token; kept_step; stopped; changed_codes,
-        the share of the quantised weights that have left their code (without a grid: of weights that moved).
+        before training: step, forget, retain, kl and, if there is such text, control, all losses in nats a token;
+        kept_step; stopped; changed_codes, the share of the quantised weights that have left their code (without a grid:
+        of weights that moved).
 
     Raises:
         Problem: too little retained text; a pattern without a layer; or a model that did not survive: nothing is
@@ -74,11 +78,12 @@ def unlearn_model(
     parameters, at_start, rewritten = learns.freed(model, source, stored, keep, options)
 
     learner = Learner(model, at_start)
-    forget, retain = (Samples(each.ids.to(device), each.answer.to(device)) for each in (forget, retain))
+    forget, retain = forget.to(device), retain.to(device)
+    control = control.to(device) if control is not None else None
     learned, watched = retain.take(torch.arange(len(retain.ids) - held_out)), retain.take(torch.arange(-held_out, 0))
 
     def measure() -> Figures:
-        return measured(learner, judged(forget, held_out), watched, 2 * sequences)
+        return measured(learner, judged(forget, held_out), watched, control, 2 * sequences)
 
     ceilings = Ceilings(*(options[f"{name}_ceiling"] for name in Ceilings._fields))
     looks = Looks(measure, measure(), ceilings, options["check_every"], getattr(method, "RISES", True))

@@ -3,8 +3,10 @@
 A look holds where the retained text is spared: its loss has not risen, and the model has not moved from the one that it
 started as, beyond the ceilings. Kept is the look that holds with the highest loss on the text to be forgotten; all
 above `forget` count alike, since what is past a model that never saw the text is damage. Training stops at the first
-look that does not hold, and at the first that is up there. Where an objective puts something else in the place of the
-text and does not push it away, its loss says nothing of how far that has come: kept is the last look that holds.
+look that does not hold, and at the first that is up there. Where control text is looked at, which is like the text to
+be forgotten but was never learned, `forget` is what this very model loses on it, look by look. Where an objective puts
+something else in the place of the text and does not push it away, its loss says nothing of how far that has come: kept
+is the last look that holds.
 """
 
 import math
@@ -28,7 +30,8 @@ class Ceilings(NamedTuple):
     """In nats a token; None: there is none.
 
     Attributes:
-        forget: loss on the text to be forgotten at which it counts as forgotten.
+        forget: loss on the text to be forgotten at which it counts as forgotten; that on the control text in its
+            place if there is one.
         retain: rise of the loss on held-out retained text.
         kl: KL(p0 || p) there.
     """
@@ -88,8 +91,14 @@ class Looks:
             )
         return number
 
+    def _ceiling(self, figures: Figures) -> float | None:
+        """Loss at which the text counts as forgotten; None: it never does."""
+        return figures.get("control", self.ceilings.forget)
+
     def _forgotten(self, figures: Figures) -> float:
-        return min(figures["forget"], math.inf if self.ceilings.forget is None else self.ceilings.forget)
+        """The larger, the more is forgotten; the same for all that is above the ceiling."""
+        ceiling = self._ceiling(figures)
+        return figures["forget"] if ceiling is None else min(figures["forget"] - ceiling, 0)
 
     def _broken(self, figures: Figures) -> str | None:
         """Which ceiling a look is above, if any. What is not a number holds nowhere."""
@@ -105,8 +114,10 @@ class Looks:
     def _reason(self, figures: Figures) -> str | None:
         if broken := self._broken(figures):
             return broken
-        ceiling = self.ceilings.forget
-        return f"forget loss reached {ceiling:g}" if ceiling is not None and figures["forget"] >= ceiling else None
+        ceiling = self._ceiling(figures)
+        if ceiling is None or figures["forget"] < ceiling:
+            return None
+        return f"forget loss reached {ceiling:.3g}{', that of the control text' if 'control' in figures else ''}"
 
 
 def looked(curves: Curves) -> list[Figures]:
@@ -120,17 +131,24 @@ def judged(forget: Samples, rows: int) -> Samples:
     return forget.take(torch.arange(min(rows, len(forget.ids))))
 
 
+def compared(control: Samples, rows: int) -> Samples:
+    """The part of the control text that looks see: its last rows, at most all. Evaluation takes the first."""
+    return control.take(torch.arange(-min(rows, len(control.ids)), 0))
+
+
 @torch.no_grad()
-def measured(learner: Learner, forget: Samples, retain: Samples, rows: int) -> Figures:
-    """forget and retain, mean losses a token; and kl, mean KL(p0 || p) a token of the retained answers; in nats.
+def measured(learner: Learner, forget: Samples, retain: Samples, control: Samples | None, rows: int) -> Figures:
+    """forget, retain and, if there is such text, control: mean losses a token; and kl, mean KL(p0 || p) a token of the
+    retained answers; in nats.
 
     Args:
         rows: that go through the model together.
     """
     losses: dict[str, list[Tensor]] = {"forget": [], "retain": [], "kl": []}
-    for part in _parts(forget, rows):
-        (logits,) = learner.logits(part)
-        losses["forget"].append(token_losses(logits, part))
+    for name, samples in {"forget": forget, "control": control}.items():
+        for part in _parts(samples, rows) if samples is not None else ():
+            (logits,) = learner.logits(part)
+            losses.setdefault(name, []).append(token_losses(logits, part))
     for part in _parts(retain, rows):
         (logits,), (start,) = learner.logits(part), learner.start_logits(part)
         losses["retain"].append(token_losses(logits, part))

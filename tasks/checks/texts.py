@@ -69,6 +69,7 @@ def text_suffices(
             (quantize.tune.held_out + 1) * quantize.tune.length if quantize.tunes else 0,
         ),
         ("unlearn.length", "forget", corpora.forget, unlearn.length),
+        ("unlearn.length", "control", corpora.control, unlearn.length if unlearn.forget_ceiling == "control" else 0),
         ("unlearn.length", "training", corpora.training, (unlearn.held_out + 1) * unlearn.length),
     ]
     if corpora.neighbours:

@@ -30,7 +30,7 @@ class Unlearn(Section):
     learning_rate: PositiveFloat
     warmup: Annotated[float, Field(ge=0, le=1)]
     clip: PositiveFloat
-    forget_ceiling: PositiveFloat | Literal["reference"] | None
+    forget_ceiling: PositiveFloat | Literal["reference", "control"] | None
     retain_ceiling: PositiveFloat | None
     kl_ceiling: PositiveFloat | None
     seconds: PositiveFloat | None

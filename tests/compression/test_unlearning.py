@@ -18,7 +18,7 @@ from compression.training.loop import Recipe
 from compression.training.samples import Samples, padded, whole_text
 from compression.unlearning import METHODS, TRAINED
 from compression.unlearning import run as unlearning
-from compression.unlearning.watch import Ceilings, Looks, judged
+from compression.unlearning.watch import Ceilings, Looks, compared, judged
 from tests import tiny
 from tests.compression.helpers import (
     CPU,
@@ -76,6 +76,7 @@ def unlearn(
     method: str = "grad_diff",
     recipe: Recipe = RECIPE,
     train: str = "codes",
+    control: Samples | None = None,
     **options: Any,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     writer, objective = CheckpointWriter(target, source.folder), import_module(METHODS[method])
@@ -89,6 +90,7 @@ def unlearn(
         recipe,
         forget,
         retain,
+        control,
         REFUSALS,
         2,
         CPU,
@@ -185,6 +187,29 @@ def test_stops_where_the_text_counts_as_forgotten(
     assert record["kept_step"] == len(record["forget_losses"]) == len(before) < 25
     assert record["stopped"] == f"forget loss reached 2.5 at step {len(before)}"
     assert loss(unlearned, judged(forget, 4)) >= 2.5
+
+
+def test_stops_where_the_text_is_as_unlikely_as_text_that_was_never_learned(
+    quantized: Checkpoint, tmp_path: Path, forget: Samples, retain: Samples
+) -> None:
+    """Though that loss changes as the model does, and whatever the ceiling is."""
+    control = whole_text(tiny.encode("".join(tiny.story(seed, 4) for seed in range(2, 6))))
+    unlearned, record = unlearn(
+        quantized, tmp_path / "x", forget, retain, control=control, forget_ceiling=0.1, check_every=1
+    )
+    looks = record["looks"]
+    distances = [own - other for own, other in zip(looks["forget"], looks["control"], strict=True)]
+    assert distances[-1] >= 0 > max(distances[:-1])
+    assert len(set(looks["control"])) > 1
+    assert record["kept_step"] == len(distances) - 1 < 25
+    assert "that of the control text at step" in record["stopped"]
+    assert loss(unlearned, judged(forget, 4)) >= loss(unlearned, control)
+
+
+def test_the_control_text_that_is_compared_with_is_not_what_judges() -> None:
+    control = whole_text(torch.arange(12).reshape(6, 2))
+    assert compared(control, 2).ids.tolist() == [[8, 9], [10, 11]]
+    assert len(compared(control, 9).ids) == 6
 
 
 @pytest.mark.parametrize(

@@ -430,7 +430,7 @@ UNLEARN = ("params.yaml: unlearn", "params.yaml: `unlearn")
         ({"targets": ["*.up_proj", "*.query"]}, ["unlearn.targets", "`*.query` matches no layer", "up_proj"]),
         ({"prompt": 128}, ["unlearn.prompt: a prompt of 128 tokens", "of 128 leaves no answer", "valid: 1 to 127"]),
         ({"forget_ceiling": "reference"}, ["unlearn.forget_ceiling: `reference`", "teach.method is `none`"]),
-        ({"forget_ceiling": "referense"}, ["unlearn.forget_ceiling", "'referense'", "'reference'"]),
+        ({"forget_ceiling": "referense"}, ["unlearn.forget_ceiling", "'referense'", "'reference' or 'control'"]),
         ({"forget_ceiling": 0.0}, ["unlearn.forget_ceiling", "greater than 0"]),
         ({"retain_ceiling": -0.1}, ["unlearn.retain_ceiling", "greater than 0"]),
         ({"held_out": 0}, ["unlearn.held_out", "greater than 0"]),
@@ -445,6 +445,14 @@ def test_unlearning_that_cannot_be_is_told(document: dict[str, Any], changes: di
     found = "\n".join(faults(document, WIDTHS))
     for part in told:
         assert part in found
+
+
+def test_a_sequence_of_the_control_text_is_needed_to_stop_by_it(document: dict[str, Any]) -> None:
+    document["corpora"]["control"] = document["corpora"]["training"] | {"tokens": [0, 100]}
+    told = "unlearn.length: 128 tokens are needed of corpora.control, whose slice [0, 100]"
+    for ceiling, count in ((3.0, 0), ("control", 1)):
+        document["unlearn"]["forget_ceiling"] = ceiling
+        assert sum(told in fault for fault in faults(document, WIDTHS)) == count
 
 
 @pytest.mark.parametrize(
