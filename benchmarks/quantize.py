@@ -83,7 +83,7 @@ def ours(section: dict[str, Any], source: Path, sequences: int, folder: Path, ru
     params, checkpoint = read(Quantize, {"quantize": section}), Checkpoint(source)
     device = torch.device("cpu")
     dtype = pick_dtype("auto", device)
-    table = pd.read_csv(SCRATCH / f"{params.by}.csv") if params.ranks and rule is None else None
+    table = pd.read_csv(table_file(params.by, params.widths)) if params.ranks and rule is None else None
     bits = bits_by_layer(params, table, checkpoint.layers) if rule is None else plain_rule(rule, params, checkpoint)
     model, ids = anatomy(source), read_sequences("calibration", sequences, LENGTH, "--sequences")
     schemes = all_schemes(params, bits, model.embedding)
@@ -160,6 +160,11 @@ def weigh(folder: Path) -> dict[str, Any]:
     return {"mb": sum(file.stat().st_size for file in files) / 1e6}
 
 
+def table_file(by: str, widths: list[int]) -> Path:
+    """Where the table of sensitivity by this measure is kept; costs are known for these widths only."""
+    return SCRATCH / f"{by}-{'-'.join(map(str, widths))}.csv"
+
+
 def measure(by: str, sequences: int, length: int, widths: list[int]) -> dict[str, Any]:
     """Makes the table of sensitivity that `by` gives, as stage sensitivity does.
 
@@ -194,17 +199,17 @@ def measure(by: str, sequences: int, length: int, widths: list[int]) -> dict[str
         skeleton = Skeleton(model.folder, model.outer(), block, device, dtype)
         settings = Settings(per=per, widths=tuple(widths), group_size=GROUP, tried=tried, curvature="outputs")
         columns = import_module(METHODS[by]).measure(skeleton, ids, Journal(folder / "journal"), settings)
-    table_of(model, columns, 5.0).to_csv(SCRATCH / f"{by}.csv", index=False)
+    table_of(model, columns, 5.0).to_csv(table_file(by, widths), index=False)
     return {"by": by, "cpu_s": time.process_time() - cpu}
 
 
-def claims(names: list[str]) -> list[dict[str, Any]]:
+def claims(names: list[str], widths: list[int]) -> list[dict[str, Any]]:
     """Of each measure: the outer blocks against those in the middle, and rank correlation with what was measured."""
     import pandas as pd
 
     from compression.sensitivity.claims import outer_blocks_test, spearman
 
-    tables = {by: pd.read_csv(SCRATCH / f"{by}.csv") for by in names}
+    tables = {by: pd.read_csv(table_file(by, widths)) for by in names}
     scores = {by: table.groupby("block")[by].mean() for by, table in tables.items()}
     found = []
     for by, own in scores.items():
@@ -271,12 +276,12 @@ def main() -> None:
 
     if chosen.plans or chosen.claim:
         for by in chosen.by:
-            if not (SCRATCH / f"{by}.csv").exists():
+            if not table_file(by, chosen.widths).exists():
                 # CMPQ compares means over a sequence: many short ones, not few long ones.
                 count, length = (512, 128) if by == "cmpq" else chosen.measured_on
                 tell(aside("measure", by=by, sequences=count, length=length, widths=chosen.widths))
     if chosen.claim:
-        for claim in claims(chosen.by):
+        for claim in claims(chosen.by, chosen.widths):
             tell(claim)
     plans = planned(chosen) if chosen.plans else []
     arms = chosen.arms or ([] if plans or chosen.claim else ARMS)
