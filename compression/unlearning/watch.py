@@ -144,11 +144,12 @@ def measured(learner: Learner, forget: Samples, retain: Samples, control: Sample
     Args:
         rows: that go through the model together.
     """
-    losses: dict[str, list[Tensor]] = {"forget": [], "retain": [], "kl": []}
-    for name, samples in {"forget": forget, "control": control}.items():
-        for part in _parts(samples, rows) if samples is not None else ():
+    texts = {"forget": forget} if control is None else {"forget": forget, "control": control}
+    losses: dict[str, list[Tensor]] = {name: [] for name in (*texts, "retain", "kl")}
+    for name, samples in texts.items():
+        for part in _parts(samples, rows):
             (logits,) = learner.logits(part)
-            losses.setdefault(name, []).append(token_losses(logits, part))
+            losses[name].append(token_losses(logits, part))
     for part in _parts(retain, rows):
         (logits,), (start,) = learner.logits(part), learner.start_logits(part)
         losses["retain"].append(token_losses(logits, part))
